@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import models
 import parallel
-from benchmarks.peers import adamw, load, shard
+from benchmarks.peers import UnavailableError, adamw, load, shard
 from benchmarks.workload import BETAS, CLIP, EPS, WEIGHT_DECAY, Step, graph_bytes
 from models.shapes import from_hugging_face, resolve
 from training.metrics import peak_device_bytes, peak_tflops
@@ -30,10 +30,6 @@ from training.metrics import peak_device_bytes, peak_tflops
 LR = 1e-4  # constant, without a warm-up
 ROUNDS = 3
 WARM_UP = 6  # steps for compilation, the optimizer's moments, the allocator's blocks, and a CUDA graph of a step
-
-
-class UnavailableError(Exception):
-    """A contender cannot run here, and the message says why."""
 
 
 @dataclass(frozen=True)

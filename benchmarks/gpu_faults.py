@@ -53,7 +53,7 @@ class FaultJob:
             return []
         folder = setup.out / "faults"
         world = setup.world
-        begun: list[Callable[[], list[Row]]] = [
+        acts: list[Callable[[], list[Row]]] = [
             partial(named, "kill", setup, folder / "kill"),
             partial(named, "stop", setup, folder / "stop"),
             *(
@@ -64,9 +64,9 @@ class FaultJob:
         # A busy CPU would make the seconds longer.
         with (
             patch.dict(os.environ, without_launcher(os.environ), clear=True),
-            ThreadPoolExecutor(len(begun) if setup.on_gpu else 1) as threads,
+            ThreadPoolExecutor(len(acts) if setup.on_gpu else 1) as threads,
         ):
-            return [row for found in threads.map(lambda act: act(), begun) for row in found]
+            return [row for found in threads.map(lambda act: act(), acts) for row in found]
 
 
 def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:

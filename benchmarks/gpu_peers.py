@@ -18,7 +18,8 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import gpu_pipeline_peers, gpu_tensor_peers, peers
-from benchmarks.gpu_work import LR, UnavailableError, Work, accumulate, compile_layers, mesh_of, model_of
+from benchmarks.gpu_work import LR, Work, accumulate, compile_layers, mesh_of, model_of
+from benchmarks.peers import UnavailableError
 from benchmarks.workload import CLIP, Step
 
 

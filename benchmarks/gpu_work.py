@@ -18,10 +18,6 @@ from models.shape import ModelShape
 LR = 1e-4  # constant, without a warm-up, from random weights
 
 
-class UnavailableError(Exception):
-    """A peer cannot run here, and the message says why."""
-
-
 @dataclass(frozen=True)
 class Work:
     """The work of a contender: train a model of this shape on `batch` samples a step.

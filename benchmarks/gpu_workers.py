@@ -56,13 +56,12 @@ def serve(connection: Connection, setup: RankSetup, meeting_point: str, backend:
 
 def _done(job: Job, setup: RankSetup) -> Outcome:
     try:
-        outcome = Outcome(job.run(setup))
+        return Outcome(job.run(setup))
     except BaseException as error:
         with (setup.out / f"errors_{setup.rank}.txt").open("a") as file:
             print(f"{job.part} {job.model} {job.name}", traceback.format_exc(), sep="\n", file=file)
         lines = str(error).strip().splitlines() or [""]
         return Outcome([], f"{type(error).__name__}: {lines[0]}")
-    return outcome
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ import torch
 
 import models
 import parallel
-from benchmarks.gpu_contenders import CONTENDERS, IN_8_BITS, Result, UnavailableError, Work, measure
+from benchmarks.gpu_contenders import CONTENDERS, IN_8_BITS, Result, Work, measure
+from benchmarks.peers import UnavailableError
 from benchmarks.workload import without_dropout
 from models.costs import flops_per_token
 from models.family import named_sizes

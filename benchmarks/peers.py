@@ -22,6 +22,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 from benchmarks.workload import BETAS, CLIP, EPS, LR, WEIGHT_DECAY, Step
 
 
+class UnavailableError(Exception):
+    """A contender cannot run here, and the message says why."""
+
+
 def one_process(folder: Path, rank: int, world_size: int) -> Step:
     """Train in a single process, with no parallelism."""
     model = load(folder)

@@ -282,6 +282,7 @@ def _byte_characters() -> list[str]:
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_json_text(content), encoding="utf-8")
 
 

@@ -126,7 +126,7 @@ class TokenizerFiles:
         """Write the files into another folder, a lone tokenizer.json with a config that `AutoTokenizer` needs."""
         lone = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2).encode() + b"\n"
         for name, content in {TOKENIZER: self.tokenizer, CONFIG: lone, **self.others}.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 
     def end(self, ids: Mapping[str, int]) -> int | None:

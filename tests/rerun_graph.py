@@ -2,9 +2,9 @@
 
 A capture calls the function and records each operation, with its tensors. It "computes nothing": what existed before is
 put back, and what was made is filled with garbage, as it is once more when the graph is dropped, except what is used
-still. A replay does the
-recorded operations again, on the same tensors and into the same memory, and calls no Python but torch's. As a CUDA
-graph, it does not read numbers that come from the host again, and a capture refuses work that waits for the device.
+still. A replay does the recorded operations again, on the same tensors and into the same memory, and calls no Python
+but torch's. As a CUDA graph, it does not read numbers that come from the host again, and a capture refuses work that
+waits for the device.
 """
 
 from collections.abc import Callable, Iterator

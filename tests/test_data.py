@@ -101,6 +101,14 @@ def test_a_tokenizer_file_is_saved_even_after_its_folder_was_renamed(word_tokeni
     assert {file.name: file.read_bytes() for file in export.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_a_built_in_tokenizer_is_saved_into_a_new_folder(name: str, tmp_path: Path) -> None:
+    """The refusal of conversations without a chat template says so."""
+    folder = tmp_path / "new" / "tokenizer"
+    load_tokenizer(name).save(folder)
+    assert load_tokenizer(str(folder)).encode("A cat.").tolist() == load_tokenizer(name).encode("A cat.").tolist()
+
+
 def test_a_lone_tokenizer_file_is_saved_with_a_config_that_transformers_reads(
     word_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -424,6 +424,8 @@ def test_a_run_ends_as_the_table_says(
     assert [word for word in words if word not in error] == []
     if row.what not in ("2", "5"):  # nothing was touched; ranks that are watched write it
         assert (ended(folder)["code"], ended(folder)["reason"]) == (int(row.what), error.strip() or "done")
+        if case.error is not None:  # of a batch that was to be read ahead, within the step before
+            assert (ended(folder)["phase"], ended(folder)["step"]) == ("reading a batch", 1)
     if row.what == "4":  # it was that of the callbacks, which are told of the step before the run ends
         assert ended(folder)["phase"] == "a train step"
 

@@ -373,13 +373,17 @@ def test_the_batch_of_the_next_step_is_read_while_the_device_computes(monkeypatc
         events.append("update is launched")
 
     def waited(copy: HostCopy) -> torch.Tensor:
-        events.append(f"wait for {copy._copy.numel()}")
+        events.append(f"wait for {copy._copy.numel()} in {engine.stopwatch.phase}")
         return wait(copy)
 
     monkeypatch.setattr(type(engine), "_update", updated)
     monkeypatch.setattr(HostCopy, "wait", waited)
-    engine.train_step(batch(), meanwhile=lambda: events.append(f"sample {engine.num_samples}"))
-    assert events == ["wait for 1", "update is launched", "sample 4", "wait for 2"]
+
+    def read() -> None:
+        events.append(f"sample {engine.num_samples} in {engine.stopwatch.phase}")
+
+    engine.train_step(batch(), meanwhile=read)
+    assert events == ["wait for 1 in update", "update is launched", "sample 4 in data", "wait for 2 in update"]
 
 
 def test_a_step_whose_user_raises_an_error_meanwhile_is_counted() -> None:

@@ -53,10 +53,10 @@ def fit(
         with around_step(engine.num_steps + 1):
             started = time.perf_counter()
             engine.stopwatch.mark("data")
+            engine.mesh.watch.begin("reading a batch")
+            batch = batches.take(engine.num_samples)
             try:
-                result = engine.train_step(
-                    batches.take(engine.num_samples), meanwhile=partial(read_ahead, engine, batches)
-                )
+                result = engine.train_step(batch, meanwhile=partial(read_ahead, engine, batches))
             except NonFiniteError as error:
                 seconds, failed = time.perf_counter() - started, of_failed(error, engine)
                 callbacks.on_step(meter.line(engine.num_steps, failed, seconds, samples=engine.num_samples))

@@ -137,12 +137,7 @@ class Engine(EngineState):
         self.placement_manager.before_step((staged.num_microbatches, staged.size, staged.whole.length, *masks))
         total = self.captured_step(staged, self.scaling is not None and self.scaling.state.is_known)
         scale = self.loss_scale.scale
-        if written is None:
-            self.writes.take_replaced()
-            norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
-            written = HostCopy(num_written)
-        else:
-            norm = global_norm(self.chunks, self.mesh.world)
+        norm, written = self._norm(written)
         norm = norm / scale
         result = HostCopy(torch.stack([total / tokens, norm]))
         self.stopwatch.mark("update")
@@ -155,14 +150,20 @@ class Engine(EngineState):
             if meanwhile is not None:
                 self.stopwatch.mark("data")
                 meanwhile()
+                self.stopwatch.mark("update")  # a device that is stuck from here on is not stuck in "data"
         finally:  # the update has been launched, so the step counts; the device goes on with it
             loss, grad_norm = result.wait().tolist()
             outcome = self._end_step(loss, grad_norm)
         self._report(outcome, loss, grad_norm, partial(self._origin, staged))
-        phases, skipped = self.stopwatch.read(), outcome is not Outcome.UPDATED
-        count = self.steps.num_left_out
+        skipped = outcome is not Outcome.UPDATED
         return StepResult(
-            loss, None if skipped else grad_norm, lr, tokens, skipped=skipped, phases=phases, nonfinite_steps=count
+            loss,
+            None if skipped else grad_norm,
+            lr,
+            tokens,
+            skipped=skipped,
+            phases=self.stopwatch.read(),
+            nonfinite_steps=self.steps.num_left_out,
         )
 
     def counters(self) -> dict[str, Any]:
@@ -258,6 +259,17 @@ class Engine(EngineState):
         if not self.writes.is_on:
             return HostCopy(torch.zeros(()))  # on the host, so that no device has to say it
         return HostCopy(all_reduce(self.writes.changed(), self.mesh.world))
+
+    def _norm(self, written: HostCopy | None) -> tuple[Tensor, HostCopy]:
+        """Return the norm of the gradients, times the loss scale, and the number of writes into parameters, in flight.
+
+        `written`: that number from `_start_check`; None where the all-reduce of the norm counts them too.
+        """
+        if written is not None:
+            return global_norm(self.chunks, self.mesh.world), written
+        self.writes.take_replaced()
+        norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
+        return norm, HostCopy(num_written)
 
     def _staged(self, batch: Mapping[str, Tensor]) -> tuple[StagedBatch, int]:
         """Return the batch, staged for this rank's device, and the number of counted labels of all replicas.

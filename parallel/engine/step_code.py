@@ -61,8 +61,8 @@ class StepCode:
         self._hooks = [of[name] for of in named for name in HOOKS if of is not vars(self.part)]
         self._hooks += [vars(self.part)[name] for name in HOOKS if name != "_forward_pre_hooks"]
         pairs = [(name, x) for of in named for name, x in of.items() if not name.endswith("_hooks")]
-        self._dicts = named + [x for _, x in pairs if isinstance(x, dict)]
-        self._lists = [x for _, x in pairs if isinstance(x, list)]
+        dicts = named + [x for _, x in pairs if isinstance(x, dict)]
+        self._containers = [*map(dict.values, dicts), *(x for _, x in pairs if isinstance(x, list))]
         self._objects = self._objects_now()
         self._has_patched = any(
             callable(getattr(type(module), name, None)) for module in modules for name in vars(module)
@@ -71,7 +71,7 @@ class StepCode:
             self._methods.setdefault(cls, _methods_of(cls))
 
     def _objects_now(self) -> list[object]:
-        return [*chain.from_iterable(map(dict.values, self._dicts)), *chain.from_iterable(self._lists)]
+        return [*chain.from_iterable(self._containers)]
 
     def _has_patches(self) -> bool:
         """Return whether a function has taken the place of a method, of one module or of its class."""

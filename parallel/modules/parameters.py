@@ -123,10 +123,7 @@ class OriginalParameters:
         return ""
 
 
-def _tree(modules: Sequence[nn.Module]) -> tuple[list[str], list[int], list[int]]:
+def _tree(modules: Sequence[nn.Module]) -> tuple[list[str], list[int]]:
     """Return the names in the modules, and which objects have them: the modules' own modules and parameters."""
-    inner = [module._modules for module in modules]
-    parameters = [module._parameters for module in modules]
-    names = [*chain.from_iterable(inner), *chain.from_iterable(parameters)]
-    children = map(id, chain.from_iterable(x.values() for x in inner))
-    return names, [*children], [*map(id, chain.from_iterable(x.values() for x in parameters))]
+    named: list[dict[str, Any]] = [x for module in modules for x in (module._modules, module._parameters)]
+    return [*chain.from_iterable(named)], [*map(id, chain.from_iterable(map(dict.values, named)))]

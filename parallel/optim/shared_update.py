@@ -111,7 +111,7 @@ class SharedUpdate:
         from_host, left = self._split([part for part in parts if not part.is_on_disk])
         on_hosts = self._launch_on_host(left, on_host)
         for chunk, written in on_hosts.items():
-            chunk.parameters.record_write(chunk.parameters.written.and_on_host(written))
+            chunk.parameters.record_write(CopyEvent(on_host=written))
         streamed = [*from_disk, *from_host]
         self._wait_for_computation([*numbers, *(x.own for x in wholes if x.own is not None and x.own_is_on_device)])
         times = list[Any]()

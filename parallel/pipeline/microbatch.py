@@ -52,17 +52,20 @@ class Microbatch:
         return self.documents.positions
 
     @property
+    def _of_samples(self) -> tuple[Tensor | None, ...]:
+        """The tensors whose first dim is B, or None for each that is not given; `documents` has others."""
+        return self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All tensors that there are."""
         documents = [] if self.documents is None else [self.documents.positions, self.documents.bounds]
-        found = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
-        return [x for x in found if x is not None] + documents
+        return [x for x in self._of_samples if x is not None] + documents
 
     @property
     def form(self) -> tuple[object, ...]:
         """All that kernels depend on besides the values of the tensors."""
-        found = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids
-        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in found)
+        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in self._of_samples)
         documents = None if self.documents is None else (self.documents.bounds.shape, self.documents.longest)
         return *shapes, self.scale, documents
 
@@ -81,8 +84,8 @@ class Microbatch:
 
     def split(self, size: int) -> list["Microbatch"]:
         """Return microbatches of `size` samples each, in order, as views."""
-        given = self.input_ids, self.labels, self.samples, self.attention_mask, self.position_ids, self.documents
         count = len(self.input_ids) // size
+        given = *self._of_samples, self.documents
         parts = zip(*([None] * count if x is None else x.split(size) for x in given), strict=True)
         return [
             Microbatch(ids, labels, samples, mask, self.scale, positions, documents=documents)

@@ -135,8 +135,9 @@ def check_folder(folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        reason = "it is a file" if Path(folder).is_file() else error.strerror
         raise ConfigError(
-            f"zero.nvme_dir: cannot write in {folder}: {error.strerror}. Try a folder of your own on a local disk."
+            f"zero.nvme_dir: cannot write in {folder}: {reason}. Try a folder of your own on a local disk."
         ) from error
 
 

@@ -159,17 +159,13 @@ def copies_of(device: torch.device) -> Copies:
 
 
 class CopyEvent:
-    """The end of a copy. Work that the current stream is given after `wait` begins when the copy has ended.
+    """The end of a copy, if there is one. Work that the current stream is given after `wait` begins when it has ended.
 
-    `on_host`: what a thread of the host writes beside it, for which the host itself waits.
+    `on_host`: what a thread of the host writes, beside the copy or without one, for which the host itself waits.
     """
 
     def __init__(self, event: torch.cuda.Event | None = None, *, on_host: Future[Any] | None = None) -> None:
         self._event, self._on_host = event, on_host
-
-    def and_on_host(self, written: Future[Any]) -> "CopyEvent":
-        """Return the end of this copy and of what a thread writes."""
-        return CopyEvent(self._event, on_host=written)
 
     def wait(self) -> None:
         if self._on_host is not None:
@@ -197,10 +193,6 @@ class LaterEvent(CopyEvent):
     def launched(self, copied: CopyEvent) -> None:
         """Note the end of the copy, which has been launched."""
         self._event = copied._event
-
-    def and_on_host(self, written: Future[Any]) -> CopyEvent:
-        self._launch()
-        return super().and_on_host(written)
 
     def wait(self) -> None:
         self._launch()
