@@ -3708,6 +3708,22 @@ LAUNCHED_LATER = (
 
 HOST_PATH = (
     Mutant(
+        "run-resumes-without-scales",
+        "a run that resumes leaves the scales of 8 bits in its checkpoint",
+        "training/run.py",
+        "        engine.restore_scales(found.index)\n",
+        "",
+        "tests/test_loop.py::test_a_resumed_run_multiplies_8_bits_by_the_scales_that_it_had",
+    ),
+    Mutant(
+        "waits-in-data",
+        "a host that waits for its device counts as reading data, once it has read the next batch",
+        "parallel/engine/engine.py",
+        '            self.stopwatch.mark("update")  # for which',
+        '            # self.stopwatch.mark("update")  # for which',
+        f"{HOST}::test_the_batch_of_the_next_step_is_read_while_the_device_computes",
+    ),
+    Mutant(
         "batch-of-another-step",
         "a step trains on whichever batch was read ahead",
         "training/batch_ahead.py",

@@ -474,3 +474,15 @@ def test_the_loop_needs_no_launcher_and_gives_each_step_its_own_batch(tmp_path: 
     assert taken == [0, 8, 16, 24, 32, 40]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run").exists()
+
+
+# -- 8 bits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_multiplies_8_bits_by_the_scales_that_it_had(tmp_path: Path) -> None:
+    """The checkpoints of a run had no scales, unlike those of `save_checkpoint`: a resumed run began with bf16."""
+    keys = ("train.precision=fp8", "train.fp8_min_elements=0", "train.steps=3", "output.export=False")
+    run_job(prepared(tmp_path / "whole", *keys, "output.checkpoint_every=2"))
+    at = str(tmp_path / "whole" / "checkpoints" / "step_000002")
+    run_job(prepared(tmp_path / "resumed", *keys, resume=at))
+    assert lines_of(tmp_path / "resumed")[-1] == lines_of(tmp_path / "whole")[-1]

@@ -40,10 +40,12 @@ class Checkpoints:
         waits = not output.checkpoint_async or engine.stop_signal is not None
         self.finish()
         engine.check_finite("It is not saved, and earlier checkpoints stay.", states=True)
+        values, pieces = engine.encoded_scales()
+        metadata = metadata_of(engine.config, engine.counters(), self.job.corpus, self.history)
         engine.save(
-            engine.state_pieces(owned=True),
+            [*pieces, *engine.state_pieces(owned=True)],
             checkpoint.Target(target, output.keep_checkpoints, self._best_folder()),
-            metadata_of(engine.config, engine.counters(), self.job.corpus, self.history),
+            {**metadata, "values": values} if values else metadata,
             wait=waits,
         )
         if waits:

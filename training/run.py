@@ -201,6 +201,7 @@ def make_engine(context: Context, job: Job) -> Engine:
         with fail_together(context.mesh.world):
             found.index.archive.read_into(pieces)
         engine.restore(counters_of(found.index))
+        engine.restore_scales(found.index)
         engine.check_finite(f"It was loaded from {job.resume_from}.", states=True)
         log.info("resumed after step %d, sample %d, from %s", engine.num_steps, engine.num_samples, job.resume_from)
     elif job.config.model.path is not None:

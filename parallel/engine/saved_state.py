@@ -146,6 +146,13 @@ def _values_of(index: Index, axis: Axis) -> Mapping[str, Any]:
     return values
 
 
+def histories_of(index: Index, axis: Axis) -> Histories:
+    """Return the largest magnitudes by which tensors are scaled to 8 bits; none of a run in another precision."""
+    _check_metadata(index)
+    found: Histories = _values_of(index, axis).get("scaling", {})
+    return found
+
+
 def _check_metadata(index: Index) -> None:
     """Raise CheckpointError where the metadata are not of the kinds that a saved engine has."""
     metadata = index.metadata

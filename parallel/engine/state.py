@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from parallel.checkpoint import checkpoint
+from parallel.checkpoint.index import Index
 from parallel.checkpoint.saved_values import encode_on_ranks
 from parallel.checkpoint.shared_failure import fail_together
 from parallel.checkpoint.values import decode, encode
 from parallel.engine.base import EngineBase
-from parallel.engine.saved_state import FORMAT, WEIGHTS, SavedState, Shapes, kind_of, name_of
+from parallel.engine.saved_state import FORMAT, WEIGHTS, SavedState, Shapes, histories_of, kind_of, name_of
 from parallel.engine.scales import histories_of_all, restore_scales
 from parallel.engine.state_dict import check_layout, refuse_other, tensor_problems
 from parallel.errors import CheckpointError, names_text
@@ -82,6 +83,27 @@ class EngineState(EngineBase):
         """
         waits = wait or not self.config.output.checkpoint_async
         self.saver.save(pieces, target, metadata=metadata, waits=waits, guarded=not self.writes.is_on)
+
+    def encoded_scales(self) -> tuple[list[dict[str, Any]], list[Piece]]:
+        """Return the history of 8-bit scales as the `values` of a checkpoint, and the pieces that this rank writes.
+
+        Nothing in another precision. Every rank calls this.
+        """
+        if self.scaling is None:
+            return [], []
+        return encode_on_ranks({"extra": {}, "scaling": histories_of_all(self.scaling, self.mesh)}, self.mesh.world)
+
+    def restore_scales(self, index: Index) -> None:
+        """Go on from the history of 8-bit scales in a checkpoint; without one they start anew. Every rank calls this.
+
+        Raises CheckpointError, on every rank, where the history has another form.
+        """
+        if self.scaling is None:
+            return
+        with fail_together(self.mesh.world):
+            histories = histories_of(index, self.mesh.world)
+        if unscaled := restore_scales(self.scaling, histories, self.mesh):
+            self._log([f"{index.folder} has no scales of {names_text(unscaled)}: all scales start anew, in bf16"])
 
     def reserve_for_saving(self) -> None:
         """Start to allocate the memory on the host for copies, where it has to be pinned for a GPU, which takes long:
