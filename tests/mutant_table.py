@@ -3719,8 +3719,8 @@ HOST_PATH = (
         "waits-in-data",
         "a host that waits for its device counts as reading data, once it has read the next batch",
         "parallel/engine/engine.py",
-        '            self.stopwatch.mark("update")  # for which',
-        '            # self.stopwatch.mark("update")  # for which',
+        '                self.stopwatch.mark("update")  # a device',
+        '                # self.stopwatch.mark("update")  # a device',
         f"{HOST}::test_the_batch_of_the_next_step_is_read_while_the_device_computes",
     ),
     Mutant(
