@@ -52,6 +52,7 @@ BASE = (
     "output.checkpoint_every=2",
     f"output.callbacks=('{ROOT / 'tests' / 'killer.py'}:Killer',)",
 )
+FP8 = ("train.precision=fp8", "train.fp8_min_elements=0")
 VALIDATED = ("output.eval_every=2", "output.keep_best=True", "train.early_stopping={'patience': 5}")
 
 
@@ -107,6 +108,8 @@ LARGER: dict[str, Layout] = {
     "an interleaved pipeline": Layout(
         2, ("parallel.pipeline={'size': 2, 'schedule': 'interleaved'}", "model.num_hidden_layers=3", *VALIDATED)
     ),
+    "fp8 in 1d": Layout(2, (tensor("1d", 2, sequence_parallel=True), *FP8, *VALIDATED)),
+    "fp8 in a pipeline of ZeRO 3": Layout(4, ("parallel.pipeline=2", "zero.stage=3", *FP8), LLAMA),
     "a V of ZeRO 2": Layout(4, ("parallel.pipeline={'size': 2, 'schedule': 'zero_bubble_v'}", "zero.stage=2")),
 }
 """Layouts of four ranks, and those that only slow tests kill."""
