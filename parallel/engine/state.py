@@ -24,6 +24,7 @@ from parallel.mesh.collectives import gather_objects
 from parallel.modules.extra_state import extra_states, set_extra_states
 from parallel.optim.adamw import AdamW
 from parallel.optim.param_groups import SavedGroup, check_fields, group_problems
+from parallel.tensor.scaling import Histories
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,7 @@ class EngineState(EngineBase):
             return
         with fail_together(self.mesh.world):
             histories = histories_of(index, self.mesh.world)
-        if unscaled := restore_scales(self.scaling, histories, self.mesh):
-            self._log([f"{index.folder} has no scales of {names_text(unscaled)}: all scales start anew, in bf16"])
+        self._restore_scales(histories, index.folder)
 
     def reserve_for_saving(self) -> None:
         """Start to allocate the memory on the host for copies, where it has to be pinned for a GPU, which takes long:
@@ -148,9 +148,7 @@ class EngineState(EngineBase):
         steps = {info.name: 0 for info in infos if not new.isdisjoint(info.names)}
         self.restore(saved.metadata["counters"], steps={**saved.metadata.get("steps", {}), **steps})
         set_extra_states(self.module, saved.values.get("extra_state", {}))
-        unscaled = [] if self.scaling is None else restore_scales(self.scaling, saved.histories, self.mesh)
-        if unscaled:
-            self._log([f"{saved.folder} has no scales of {names_text(unscaled)}: all scales start anew, in bf16"])
+        self._restore_scales(saved.histories, saved.folder)
         self.check_finite(f"It was loaded from {saved.folder}.", states=True)
         self._log_what_starts_anew(saved, new)
         extra: dict[str, Any] = saved.values["extra"]
@@ -229,6 +227,12 @@ class EngineState(EngineBase):
         self.agree_on(action)
         self.saver.finish()
         self.mesh.wait_for_background()
+
+    def _restore_scales(self, histories: Histories, folder: Path) -> None:
+        """Go on from the history of scales in a checkpoint, and log where all of them start anew."""
+        unscaled = [] if self.scaling is None else restore_scales(self.scaling, histories, self.mesh)
+        if unscaled:
+            self._log([f"{folder} has no scales of {names_text(unscaled)}: all scales start anew, in bf16"])
 
     def _load(self, saved: SavedState, pieces: Sequence[Piece]) -> None:
         """Load those of the pieces that the checkpoint has. Raises CheckpointError, on every rank."""
