@@ -171,7 +171,7 @@ class Updated:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         pairs = zip(self.chunks, self._before, strict=True)
-        return [int((c.master != x).view(-1, 2**15).all(1).sum()) for c, x in pairs]
+        return [int((c.master.cpu() != x.cpu()).view(-1, 2**15).all(1).sum()) for c, x in pairs]
 
     def has_changed(self, masters: list[Tensor]) -> list[bool]:
         """Return of each chunk whether its master weights are others, without waiting for any."""

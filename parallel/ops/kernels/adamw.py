@@ -26,12 +26,11 @@ from parallel.ops.kernels.table import is_fused
 MOMENTS = frozenset({torch.float32, torch.bfloat16})
 
 
-def can_be_fused(gradient: Tensor, states: tuple[Tensor, Tensor, Tensor], own: Tensor | None) -> bool:
-    """Return whether the kernel takes these tensors."""
+def can_be_fused(gradient: Tensor, states: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Return whether the kernel takes these tensors. Parameters on another device are copied from the weights later."""
     master, *moments = states
     is_taken = master.dtype == torch.float32 and all(x.dtype in MOMENTS for x in moments)
-    is_near = all(x.device == gradient.device for x in (*states, *([] if own is None else [own])))
-    return is_taken and is_near and is_fused("adamw", gradient)
+    return is_taken and all(x.device == gradient.device for x in states) and is_fused("adamw", gradient)
 
 
 def update_fused(many: Sequence[Elements], step: Step, config: OptimizerConfig) -> None:
