@@ -28,7 +28,7 @@ TABLE = 2**20  # numbers of the tables of noise
 def update(gradient: Tensor, parameter: Tensor, *states: Tensor) -> Inputs:
     """Update once, as if it were the second time: torch counts an update before it makes it."""
     master, first, second = states
-    if not can_be_fused(gradient, (master, first, second), parameter):
+    if not can_be_fused(gradient, (master, first, second)):
         return peers.torch_update(gradient, parameter, *states)
     noise = None if first.dtype == master.dtype else Noise(_tables(master.device), 2048, (1, 2, 3, 4))
     elements = Elements(gradient, (master, first, second), parameter, 2, WEIGHT_DECAY, noise)

@@ -89,7 +89,7 @@ def _tiles(num_rows: int, num_columns: int) -> tuple[int, int]:
 @triton.jit
 def _activate(
     u, bias, f, scale, amax, num_rows, num_columns,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, ROUNDS: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of f = act(u + bias)."""
     rows, columns, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
@@ -97,7 +97,7 @@ def _activate(
     x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         x += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-    store(f + at, _value(x, KIND).to(u.dtype.element_ty), mask, scale, amax, LARGEST, ROUNDS)
+    store(f + at, _value(x, KIND).to(u.dtype.element_ty), mask, scale, amax, ROUNDS)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _activate_backward(
 @triton.jit
 def _gate(
     x, f, scale, amax, num_rows, num_columns,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, ROUNDS: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of f = act(gate) · up."""
     rows, columns, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
@@ -154,7 +154,7 @@ def _gate(
     up = tl.load(gates + num_columns, mask=mask, other=0.0).to(tl.float32)
     at = rows[:, None] * num_columns + columns[None, :]
     product = _value(gate, KIND) * up
-    store(f + at, product.to(x.dtype.element_ty), mask, scale, amax, LARGEST, ROUNDS)
+    store(f + at, product.to(x.dtype.element_ty), mask, scale, amax, ROUNDS)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from parallel.ops.kernels.elements import Elements, Step
 from parallel.ops.kernels.pointers import table_of
 
 BLOCK, WARPS = 1024, 8  # 4 elements of a thread: with 8 of them an H200 moves 3.6 TB/s instead of 4.1
+SMALLEST_BLOCK = 256  # of elements with noise in short rows: an element's place is cheap if a block has no whole row
 LARGE = 2**20  # elements: a launch of their own takes longer than the host needs for it
 FIELDS = 14  # numbers of a row of the table
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -46,19 +47,20 @@ def _launch(elements: Elements, step: Step, config: OptimizerConfig) -> None:
     noise, size = elements.noise, len(elements.gradient)
     if not size:
         return
+    block = BLOCK if noise is None else min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(noise.width + 1) // 2))
     tables, width, offsets = (
         ((None, None), None, (None,) * 4) if noise is None else (noise.tables, noise.width, noise.offsets)
     )
-    _update[triton.cdiv(size, BLOCK),](
+    _update[triton.cdiv(size, block),](
         *(elements.gradient, *elements.states, elements.own),
         size,
         *(step.factor, step.found_inf, *elements.factors(step.lr, config.betas)),
         *(1 - config.betas[0], 1 - config.betas[1], config.eps),
         *(*tables, width, *offsets),
-        IS_WIDE=noise is not None and noise.width >= BLOCK,
+        IS_WIDE=noise is not None and noise.width >= block,
         TABLE=1 if noise is None else len(noise.tables[0]) // 2,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        BLOCK=block,
+        num_warps=WARPS * block // BLOCK,
         enable_fp_fusion=False,
     )
 
@@ -140,12 +142,14 @@ def _update(
         if permutation is not None:
             row = start // width  # of the block's first element
             columns = (start - row * width).to(tl.int32) + lanes
-            # A block that is no longer than a row has elements of two rows at most.
-            below = (columns >= width).to(tl.int32) if IS_WIDE else columns // width
+            if IS_WIDE:  # a block that is no longer than a row has elements of two rows at most
+                below = (columns >= width).to(tl.int32)
+            else:  # columns // width, in fp32: exact below 2²², since + 0.5 keeps away from multiples of the width
+                below = ((columns.to(tl.float32) + 0.5) * tl.div_rn(1.0, width.to(tl.float32))).to(tl.int32)
             columns -= below * width
-            rows = row.to(tl.int32) + below
-            m = _rounded(m, permutation, numbers, rows, columns, row_1, column_1, TABLE)
-            v = _rounded(v, permutation, numbers, rows, columns, row_2, column_2, TABLE)
+            row = row.to(tl.int32)
+            m = _rounded(m, permutation, numbers, row + row_1, row_1 >= 0, below, columns + column_1, IS_WIDE, TABLE)
+            v = _rounded(v, permutation, numbers, row + row_2, row_2 >= 0, below, columns + column_2, IS_WIDE, TABLE)
         tl.store(first + at, m.to(first.dtype.element_ty), mask=mask)
         tl.store(second + at, v.to(second.dtype.element_ty), mask=mask)
 
@@ -203,9 +207,16 @@ def _update_many(
 
 
 @triton.jit
-def _rounded(x, permutation, numbers, rows, columns, row, column, TABLE: tl.constexpr):
-    """Return x rounded to bf16, in fp32, with the noise of these rows and columns: see `optim.rounding`."""
-    offsets = tl.load(permutation + ((rows + row) & (TABLE - 1)), mask=(rows >= 0) & (row >= 0), other=0)
-    noise = tl.load(numbers + ((offsets + columns + column) & (TABLE - 1)))
+def _rounded(x, permutation, numbers, row, has_rows, below, columns, IS_WIDE: tl.constexpr, TABLE: tl.constexpr):
+    """Return x rounded to bf16, in fp32, with the noise of these columns, `below` rows below `row`: see
+    `optim.rounding`.
+    """
+    if IS_WIDE:
+        here = tl.load(permutation + (row & (TABLE - 1)), mask=has_rows, other=0)
+        next_one = tl.load(permutation + ((row + 1) & (TABLE - 1)), mask=has_rows, other=0)
+        offsets = tl.where(below > 0, next_one, here)
+    else:
+        offsets = tl.load(permutation + ((row + below) & (TABLE - 1)), mask=(below >= 0) & has_rows, other=0)
+    noise = tl.load(numbers + ((offsets + columns) & (TABLE - 1)))
     bits = (x.to(tl.int32, bitcast=True) + noise) & -65536
     return bits.to(tl.float32, bitcast=True)

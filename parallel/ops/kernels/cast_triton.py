@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.ops.fp8 import MULTIPLE
-from parallel.ops.kernels.eight_bits_triton import constants_of, magnitude, narrow, raise_largest
+from parallel.ops.kernels.eight_bits_triton import constants_of, narrow, raise_largest
 from parallel.ops.kernels.launch import launch
 
 FLAT_BLOCK = 4096  # elements of a program of `_cast_flat`
@@ -23,7 +23,7 @@ class Tile:
     warps: int
 
 
-CAST_TILE, TRANSPOSE_TILE = Tile(64, 64, 2), Tile(128, 128, 8)
+CAST_TILE, TRANSPOSE_TILE = Tile(64, 64, 4), Tile(128, 128, 8)
 
 
 def launch_cast(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
@@ -80,16 +80,16 @@ def launch_transpose(x: Tensor, tile: Tile = TRANSPOSE_TILE) -> Tensor:
 
 
 @triton.jit
-def _cast_flat(x, scale, y, amax, count, BLOCK: tl.constexpr, LARGEST: tl.constexpr, ROUNDS: tl.constexpr):
+def _cast_flat(x, scale, y, amax, count, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
     """Cast BLOCK elements."""
     if amax is not None:
         known = tl.load(amax)  # arrives together with the elements
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, narrow(values, tl.load(scale), y.dtype.element_ty, LARGEST, ROUNDS), mask=mask)
+    tl.store(y + at, narrow(values, tl.load(scale), y.dtype.element_ty, ROUNDS), mask=mask)
     if amax is not None:
-        raise_largest(amax, tl.max(magnitude(values), 0), known)
+        raise_largest(amax, values, known)
 
 
 @triton.jit
@@ -105,10 +105,12 @@ def _cast_both_ways(
     padded,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LARGEST: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Cast a tile, and write it by rows and by columns."""
+    """Cast a tile, and write it by rows and by columns.
+
+    It is transposed before the cast, of which there are two for that: exchanging bytes between threads takes longer.
+    """
     if amax is not None:
         known = tl.load(amax)
     down = tl.program_id(1)
@@ -116,13 +118,15 @@ def _cast_both_ways(
     n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     at = t[:, None] * width + n[None, :]
     mask = (t[:, None] < height) & (n[None, :] < width)
-    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    eight_bits = narrow(values, tl.load(scale), rows.dtype.element_ty, LARGEST, ROUNDS)
-    tl.store(rows + at, eight_bits, mask=mask)
+    tile = tl.load(x + at, mask=mask, other=0.0)
+    factor = tl.load(scale)
+    values = tile.to(tl.float32)
+    tl.store(rows + at, narrow(values, factor, rows.dtype.element_ty, ROUNDS), mask=mask)
+    across = narrow(tl.trans(tile).to(tl.float32), factor, columns.dtype.element_ty, ROUNDS)
     at_column = n[:, None] * padded + t[None, :]
-    tl.store(columns + at_column, tl.trans(eight_bits), mask=(n[:, None] < width) & (t[None, :] < padded))
+    tl.store(columns + at_column, across, mask=(n[:, None] < width) & (t[None, :] < padded))
     if amax is not None:
-        raise_largest(amax, tl.max(tl.max(magnitude(values), 1), 0), known)
+        raise_largest(amax, values, known)
     if partial is not None:
         tl.store(partial + down * width + n, tl.sum(values, 0), mask=n < width)
 

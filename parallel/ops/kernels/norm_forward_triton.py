@@ -120,7 +120,6 @@ def _residual_norm(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_RMS: tl.constexpr,
-    LARGEST: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
     """Compute total; its statistics if they are wanted; and normed if it is wanted, too.
@@ -171,7 +170,7 @@ def _residual_norm(
                 if bias is not None:
                     normal += shift[None, :]
                 normal = normal.to(x.dtype.element_ty)
-                store(normed + at, normal, mask, cast_scale, amax, LARGEST, ROUNDS)
+                store(normed + at, normal, mask, cast_scale, amax, ROUNDS)
 
 
 @triton.jit
@@ -189,7 +188,6 @@ def _normalize(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_RMS: tl.constexpr,
-    LARGEST: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
     """Compute normed of the statistics of whole rows."""
@@ -207,4 +205,4 @@ def _normalize(
         if bias is not None:
             normal += shift[None, :]
         normal = normal.to(total.dtype.element_ty)
-        store(normed + at, normal, mask, cast_scale, amax, LARGEST, ROUNDS)
+        store(normed + at, normal, mask, cast_scale, amax, ROUNDS)
