@@ -3497,6 +3497,22 @@ CAPTURED_STEPS = (
         f"{CAPTURED}::test_what_is_changed_counts_from_the_next_step_on[a_module]",
     ),
     Mutant(
+        "replayed-before-new-values",
+        "a graph that was launched before a parameter's new values were taken over counts as the step",
+        "parallel/engine/engine.py",
+        "                self.captured_step.discard_early()\n",
+        "                pass\n",
+        f"{CAPTURED}::test_what_is_found_after_a_graph_was_launched_has_its_work_done_again[fp32]",
+    ),
+    Mutant(
+        "replayed-in-vain",
+        "a graph is launched early also after steps that were not replayed",
+        "parallel/engine/captured_step.py",
+        "self._captured is not None and self._was_replayed and not self._is_observed\n",
+        "self._captured is not None and not self._is_observed\n",
+        f"{CAPTURED}::test_a_hook_is_called_in_each_step[a_forward_hook]",
+    ),
+    Mutant(
         "graph-without-room",
         "a graph keeps the memory that an evaluation may need",
         "parallel/engine/captured_step.py",
