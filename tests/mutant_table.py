@@ -3066,7 +3066,7 @@ UPDATES_IN_ONE_PASS = (
         "kernel-without-noise-of-rows",
         "the kernel rounds all rows of a matrix with one noise",
         UPDATE_KERNEL,
-        "((rows + row) & (TABLE - 1))",
+        "((row + below) & (TABLE - 1))",
         "(row & (TABLE - 1))",
         INTERPRETED.format("update"),
     ),

@@ -478,7 +478,7 @@ def test_a_graph_is_launched_before_the_host_looks_at_anything_but_the_batch(
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp8", marks=SLOW)])
 def test_what_is_found_after_a_graph_was_launched_has_its_work_done_again(precision: str, made: Made) -> None:
     """New values of a parameter, in memory of their own; a hook; and a frozen parameter, which is refused."""
-    fields = dict(precision=precision) | (dict(fp8_min_elements=0) if precision == "fp8" else {})
+    fields: Fields = dict(precision=precision) | (dict(fp8_min_elements=0) if precision == "fp8" else {})
     results = []
     for captures in (False, True):
         engine = engine_of(captures=captures, **fields)
