@@ -12,7 +12,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -60,6 +60,9 @@ class EmptyGraph:
 
     def replay(self) -> None:
         pass
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def drop(self) -> None:
         pass

@@ -8,6 +8,7 @@ waits for the device.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -52,6 +53,9 @@ class RerunGraph:
                 again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, Tensor)]
                 for old, new in zip(made, again, strict=True) if made else ():
                     _bytes(old).copy_(_bytes(new))
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def drop(self) -> None:
         storages = [x.untyped_storage() for x in self.memory]

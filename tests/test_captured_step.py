@@ -26,8 +26,12 @@ from models.attention import AttentionOptions
 from models.layer import Block, FeedForward
 from models.rotary import Rotary
 from models.shapes import resolve
+from parallel.chunk.writes import Writes
 from parallel.engine import captured_step
 from parallel.engine.captured_step import problem_of_capture
+from parallel.engine.step_code import StepCode
+from parallel.errors import ModelError
+from parallel.modules.parameters import OriginalParameters
 from parallel.ops.captured import CALLS_BEFORE, graphs_of, is_capturing
 from parallel.placement.memory_report import MemoryUse
 from parallel.tensor.residual import Addend, output_of
@@ -372,7 +376,7 @@ def test_a_hook_is_called_in_each_step(attach: Callable[[parallel.Engine, list[s
     assert made[0].replays == 1
     attach(engine, calls)
     train(engine, [batch_of(number) for number in range(2 * CALLS_BEFORE + 2)])
-    assert (len(calls), [graph.replays for graph in made]) == (2 * CALLS_BEFORE + 2, [1])
+    assert (len(calls), [graph.replays for graph in made]) == (2 * CALLS_BEFORE + 2, [2])  # the last one in vain
 
 
 @SLOW
@@ -434,7 +438,9 @@ def a_method(engine: parallel.Engine, patch: pytest.MonkeyPatch) -> None:
 def test_what_is_changed_counts_from_the_next_step_on(
     change: Callable[[parallel.Engine, pytest.MonkeyPatch], None], made: Made
 ) -> None:
-    """A new graph is made then; but none while there is another method, which may do more than a graph does."""
+    """A new graph is made then; but none while there is another method, which may do more than a graph does. The old
+    one is replayed once more, in vain, while the host finds out.
+    """
     batches = [batch_of(number) for number in range(CALLS_BEFORE + 2)]
     model = dict(name="opt-tiny", dropout=0.5)
     results = []
@@ -445,7 +451,53 @@ def test_what_is_changed_counts_from_the_next_step_on(
             change(engine, patch)
             results[-1] += train(engine, batches + batches[:CALLS_BEFORE])
     assert results[0] == results[1]
-    assert [graph.replays for graph in made] == ([2] if change is a_method else [2, 2])
+    assert [graph.replays for graph in made] == ([3] if change is a_method else [3, 2])
+
+
+def test_a_graph_is_launched_before_the_host_looks_at_anything_but_the_batch(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks while the device computes. Writes into parameters are looked for beside the graph."""
+    engine, seen = engine_of(), list[str]()
+    train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
+    for owner, name in (
+        *((RerunGraph, "replay"), (RerunGraph, "beside"), (Writes, "take_replaced"), (OriginalParameters, "change")),
+        *((Writes, "changed"), (StepCode, "key"), (parallel.Engine, "_staged")),
+    ):
+        member = getattr(owner, name)
+
+        def noted(*args: Any, name: str = name, member: Callable[..., Any] = member, **options: Any) -> Any:
+            seen.append(name)
+            return member(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+    engine.train_step(batch_of(4))
+    assert seen == ["_staged", "replay", "take_replaced", "change", "beside", "changed", "key"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp8", marks=SLOW)])
+def test_what_is_found_after_a_graph_was_launched_has_its_work_done_again(precision: str, made: Made) -> None:
+    """New values of a parameter, in memory of their own; a hook; and a frozen parameter, which is refused."""
+    fields: Fields = dict(precision=precision) | (dict(fp8_min_elements=0) if precision == "fp8" else {})
+    results = []
+    for captures in (False, True):
+        engine = engine_of(captures=captures, **fields)
+        parameter = engine.chunks[0].infos[0].parameter
+        results.append(train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 3)]))
+        parameter.data = 1.5 * parameter.data
+        results[-1] += train(engine, [batch_of(6)])
+        hook = blocks_of(engine)[0].register_forward_hook(lambda module, inputs, y: 2 * y)
+        results[-1] += train(engine, [batch_of(7)])
+        hook.remove()
+        results[-1] += train(engine, [batch_of(8), batch_of(9)])
+        parameter.requires_grad_(False)
+        with pytest.raises(ModelError, match="requires_grad"):
+            engine.train_step(batch_of(10))
+        parameter.requires_grad_(True)
+        results[-1] += train(engine, [batch_of(10), batch_of(11)])
+    assert results[0] == results[1]
+    num_usual = CALLS_BEFORE + (precision == "fp8") + 1  # and that with a hook
+    assert [graph.replays for graph in made] == [12 - num_usual + 3]
 
 
 def test_a_setting_of_torch_is_in_the_key_and_a_mode_prevents_replays() -> None:

@@ -5,6 +5,7 @@ for the host. A step of a large one begins with it, since the host has waited fo
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -69,6 +70,11 @@ class CapturedStep:
     before the next one, until a graph has been replayed often: else a run whose lengths change every few steps would
     mainly capture.
 
+    **Early.** Whether a step may be replayed is known when modules, hooks and settings have been looked at, which takes
+    the host milliseconds. So `start_early` launches the graph of the last step as soon as a batch is there, and the
+    host looks while the device computes. Where the step turns out to be another one, nothing has happened: a replay
+    writes its own memory alone, and the next one, or a step that runs as usual, begins anew.
+
     **State.** A replay calls nothing in Python. These objects change in a step, and are afterwards what they are after
     any other:
 
@@ -97,12 +103,37 @@ class CapturedStep:
         self._count = 0  # the steps in a row that had it
         self._calls_before = CALLS_BEFORE  # the next capture
         self._captured: tuple[Key, CapturedWork] | None = None
+        self._was_replayed = False  # the last step
+        self._early: StagedBatch | None = None  # that the graph has been launched for, before it was known to be right
+
+    @property
+    def may_start_early(self) -> bool:
+        """True if the last step was replayed, and nobody looks on."""
+        return self._captured is not None and self._was_replayed and not self._is_observed
+
+    def start_early(self, batch: StagedBatch, *settings: object) -> None:
+        """Launch the graph for the batch of the next call, where it is of the same form, and `may_start_early`."""
+        form = (*settings, *batch.form)
+        if self._captured is not None and self._key[: len(form)] == form:
+            self._captured[1].launch(batch)
+            self._early = batch
+
+    def discard_early(self) -> None:
+        """Let the next call do without what has been started early: parameters have other values now."""
+        self._early = None
+
+    def beside_early(self) -> AbstractContextManager[object]:
+        """Return a context in which the device is given work beside what has been started early: see `Graph.beside`."""
+        if self._early is None or self._captured is None:
+            return nullcontext()
+        return self._captured[1].graph.beside()
 
     def __call__(self, batch: StagedBatch, *settings: object) -> Tensor:
         """Return the loss summed over ranks of a batch on the host, and leave the gradients in chunks.
 
         `settings`: further numbers that launches depend on.
         """
+        is_launched, self._early, self._was_replayed = self._early is batch, None, False
         code = None if self._new_graph is None or self.problem or self._is_observed else self.code.key()
         if self._new_graph is None or code is None:
             return self._as_usual(batch)
@@ -110,7 +141,7 @@ class CapturedStep:
         self._count = self._count + 1 if key == self._key else 1
         self._key = key
         if self._captured is not None and self._captured[0] == key:
-            return self._replay(self._captured[1], batch)
+            return self._replay(self._captured[1], batch, is_launched=is_launched)
         if self._count <= self._calls_before:
             return self._as_usual(batch)
         self.drop()
@@ -150,8 +181,10 @@ class CapturedStep:
     def _as_usual(self, batch: StagedBatch) -> Tensor:
         return self.beside(lambda: self._run(batch.on(self._device).microbatches, self.stopwatch.mark))
 
-    def _replay(self, work: CapturedWork, batch: StagedBatch) -> Tensor:
-        work.launch(batch)
+    def _replay(self, work: CapturedWork, batch: StagedBatch, *, is_launched: bool = False) -> Tensor:
+        if not is_launched:
+            work.launch(batch)
+        self._was_replayed = True
         if work.num_replays == REPLAYS_THAT_PAY:
             self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import isfinite
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ from parallel.sequence import Documents
 from parallel.storage.transfer import HostCopy
 from parallel.tensor.layers import Weighted
 from parallel.zero.gatherer import Gatherer
+
+Staged: TypeAlias = tuple[StagedBatch, int]
+"""A batch on the host, and the number of counted labels of all replicas."""
 
 
 class Engine(EngineState):
@@ -99,6 +102,8 @@ class Engine(EngineState):
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
         if self.writes.is_on and not problem:
             are_shown = self.writes.take_replaced()  # values that came by `p.data = ...` can be followed
+            if not are_shown:
+                self.captured_step.discard_early()
             problem = self._original.change(are_shown=are_shown)
         super().agree_on(action, problem, error)
 
@@ -116,26 +121,42 @@ class Engine(EngineState):
         NonFiniteError on every rank for a loss or a norm that is not finite, as `train.nonfinite` says: then the step
         has been run a second time, without an update, to name the rank, the layer and the microbatch where that began.
         """
+        with self.memory_guard.explained(lambda: self.stopwatch.phase):
+            early = self._start_early(batch)
         frozen = problem_of_frozen(self.part.infos) if self.writes.is_on else ""
         self.agree_on(f"a train step with {self.hyperparameters}", frozen)
         self.saver.check()
         with self.memory_guard.explained(lambda: self.stopwatch.phase):
-            result = self._train_step(batch, meanwhile)
+            result = self._train_step(batch, early, meanwhile)
         self.memory_guard.after_step(self.num_steps)
         return result
 
-    def _train_step(self, batch: Mapping[str, Tensor], meanwhile: Callable[[], None] | None) -> StepResult:
+    def _start_early(self, batch: Mapping[str, Tensor]) -> Staged | None:
+        """Launch a graph for this batch where there is one, before it is known what may prevent it: the host finds that
+        out while the device computes. Return the batch then, and the number of its labels.
+        """
+        if not self.captured_step.may_start_early:
+            return None
         self.stopwatch.mark("data")
+        staged, tokens = self._staged(batch)
+        self.captured_step.start_early(staged, self._multiplies_in_8_bits)
+        return staged, tokens
+
+    def _train_step(
+        self, batch: Mapping[str, Tensor], early: Staged | None, meanwhile: Callable[[], None] | None
+    ) -> StepResult:
+        if early is None:
+            self.stopwatch.mark("data")
         # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
         written = self._start_check() if self.config.zero.stage < 3 else None
         self.part.train()
-        staged, tokens = self._staged(batch)
+        staged, tokens = self._staged(batch) if early is None else early
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
         self._plan(staged.num_microbatches, trains=True)  # a schedule's file may have another number of microbatches
         masks = (int(x is not None) for x in (staged.whole.attention_mask, staged.whole.documents))
         self.placement_manager.before_step((staged.num_microbatches, staged.size, staged.whole.length, *masks))
-        total = self.captured_step(staged, self.scaling is not None and self.scaling.state.is_known)
+        total = self.captured_step(staged, self._multiplies_in_8_bits)
         scale = self.loss_scale.scale
         norm, written = self._norm(written)
         norm = norm / scale
@@ -206,6 +227,11 @@ class Engine(EngineState):
 
     # -- parts of a step
 
+    @property
+    def _multiplies_in_8_bits(self) -> bool:
+        """True from the first step on after which scales are known, with `train.precision="fp8"`."""
+        return self.scaling is not None and self.scaling.state.is_known
+
     def _forwards_and_backwards(
         self, microbatches: Sequence[Microbatch], mark: Callable[..., None], *, records: bool = False
     ) -> Tensor:
@@ -258,7 +284,8 @@ class Engine(EngineState):
         """
         if not self.writes.is_on:
             return HostCopy(torch.zeros(()))  # on the host, so that no device has to say it
-        return HostCopy(all_reduce(self.writes.changed(), self.mesh.world))
+        with self.captured_step.beside_early():
+            return HostCopy(all_reduce(self.writes.changed(), self.mesh.world))
 
     def _norm(self, written: HostCopy | None) -> tuple[Tensor, HostCopy]:
         """Return the norm of the gradients, times the loss scale, and the number of writes into parameters, in flight.
@@ -271,7 +298,7 @@ class Engine(EngineState):
         norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
         return norm, HostCopy(num_written)
 
-    def _staged(self, batch: Mapping[str, Tensor]) -> tuple[StagedBatch, int]:
+    def _staged(self, batch: Mapping[str, Tensor]) -> Staged:
         """Return the batch, staged for this rank's device, and the number of counted labels of all replicas.
 
         That number is known before the first forward, so that sums are divided once, by the global count. Raises

@@ -39,6 +39,11 @@ class Graph(Protocol):
     def replay(self) -> None:
         """Launch the work, behind all that the device's current stream has been given."""
 
+    def beside(self) -> AbstractContextManager[object]:
+        """Return a context in which the device is given work that it does beside the last replay, behind what came
+        before that. Whoever launches work that writes what this work reads waits for it first.
+        """
+
     def drop(self) -> None:
         """Give up the graph, when its last replay has ended, and its memory where no tensor in it is used."""
 
@@ -48,6 +53,7 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._graph, self._device, self.num_bytes = torch.cuda.CUDAGraph(), device, 0
+        self._before, self._stream = torch.cuda.Event(), torch.cuda.Stream(device)
 
     def capture(self, function: Callable[[], T]) -> T:
         """Return what the function returns; see `Graph`."""
@@ -70,7 +76,12 @@ class CudaGraph:
         return found
 
     def replay(self) -> None:
+        self._before.record()
         self._graph.replay()
+
+    def beside(self) -> AbstractContextManager[object]:
+        self._stream.wait_event(self._before)
+        return torch.cuda.stream(self._stream)
 
     def drop(self) -> None:
         torch.cuda.synchronize(self._device)
