@@ -3063,6 +3063,22 @@ UPDATES_IN_ONE_PASS = (
         INTERPRETED.format("update"),
     ),
     Mutant(
+        "cast-of-infinity-saturates",
+        "an infinite number becomes the largest of 8 bits, so nobody notices it",
+        "parallel/ops/kernels/eight_bits_triton.py",
+        "    y = x * scale + x * 0.0  # ∞ · 0 is NaN\n",
+        "    y = x * scale\n",
+        INTERPRETED.format("block"),
+    ),
+    Mutant(
+        "cast-loses-nan",
+        "the largest magnitude of a tensor with NaN is a NaN, which a maximum over ranks may lose",
+        "parallel/ops/kernels/eight_bits_triton.py",
+        "    largest = tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True)\n",
+        "    largest = bits.to(tl.float32, bitcast=True)\n",
+        INTERPRETED.format("block"),
+    ),
+    Mutant(
         "kernel-without-noise-of-rows",
         "the kernel rounds all rows of a matrix with one noise",
         UPDATE_KERNEL,
