@@ -696,7 +696,7 @@ PLACEMENT = (
            "from_disk = [part for part in parts if part.is_on_disk]", "from_disk = []",
            "tests/test_disk.py::test_states_from_a_disk_are_timed_apart_from_those_that_the_host_may_update"),
     Mutant("tied-weight-updated-on-two-sides", "one stage updates a tied weight on the host, the other one on the device",
-           "parallel/optim/shared_update.py", " and len(part.chunk.spec.axes) == 1", "",
+           "parallel/optim/shared_update.py", " and len(chunk.spec.axes) == 1", "",
            f"{MANAGER_TESTS}::test_a_weight_that_two_stages_hold_is_updated_on_the_same_side"),
 )
 
@@ -3732,9 +3732,20 @@ LAUNCHED_LATER = (
         "small-parts-left-to-the-host",
         "a forward begins with layers of which the host updates small parts",
         "parallel/optim/shared_update.py",
-        "            if _is_movable(part):\n",
-        "            if _is_movable(part) and len(part.gradient) <= room:\n",
+        "            if _is_movable(part.chunk):\n",
+        "            if _is_movable(part.chunk) and len(part.gradient) <= room:\n",
         f"{LAUNCHED_TESTS}::test_the_host_updates_the_last_parts_without_gaps",
+    ),
+)
+
+HOST_SHARE = (
+    Mutant(
+        "share-of-the-profiled-step",
+        "the host gets the share of an update in which it could update all elements, though the plan leaves it fewer",
+        "parallel/optim/shared_update.py",
+        "        return cls(disk, host, movable)\n",
+        "        return cls(disk, host, host)\n",
+        f"{MANAGER_TESTS}::test_the_host_has_the_share_with_which_neither_side_waits_under_the_plan",
     ),
 )
 
@@ -3856,5 +3867,6 @@ MUTANTS = (
     *TABLES_IN_PLACE,
     *SIZES_IN_8_BITS,
     *LAUNCHED_LATER,
+    *HOST_SHARE,
     *HOST_PATH,
 )

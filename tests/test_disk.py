@@ -152,8 +152,8 @@ def test_states_on_a_disk_change_nothing_and_the_host_keeps_to_its_budget(
 
 
 def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]:
-    """Return the elements of the last update that came from a disk, those that either side may update, and those that
-    the sides did update of these; and the elements whose states are on the disk, and on the host.
+    """Return the elements of the last update that came from a disk, and the others; and the elements whose states are
+    on the disk, and on the host.
     """
     engine = engine_in_parts(rank, world_size, raw)
     engine.train_step(share_of(batches_of(1, batch=24)[0], engine))
@@ -161,15 +161,15 @@ def sides(rank: int, world_size: int, raw: Raw) -> tuple[list[float], list[int]]
     on_disk, on_host = (
         sum(c.size for c in engine.chunks if c.placement.states is tier) for tier in (Tier.DISK, Tier.HOST)
     )
-    return [last.disk.elements, last.movable, last.bus.elements + last.host.elements], [on_disk, on_host]
+    return [last.disk.elements, last.bus.elements + last.host.elements], [on_disk, on_host]
 
 
 @pytest.mark.gpu
 def test_states_from_a_disk_are_timed_apart_from_those_that_the_host_may_update(tmp_path: Path) -> None:
     raw = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0, 2))
-    (from_disk, movable, both), (on_disk_now, on_host_now) = run(sides, 1, raw)[0]
+    (from_disk, others), (on_disk_now, on_host_now) = run(sides, 1, raw)[0]
     assert 0 < from_disk == on_disk_now
-    assert 0 < movable == both == on_host_now
+    assert 0 < others == on_host_now
 
 
 def lengthened(rank: int, world_size: int, raw: Raw) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from parallel.config import parse
 from parallel.engine.context import Place, make_context
 from parallel.optim import shared_update, streaming
 from parallel.optim.adamw import AdamW
-from parallel.optim.shared_update import Side, UpdateTimes
+from parallel.optim.shared_update import OffloadedElements, Side, UpdateTimes
 from parallel.placement.policy import (
     SAFETY,
     ChunkBytes,
@@ -162,25 +162,59 @@ def test_host_and_device_share_an_update(share: float, balance: tuple[float, flo
     pytest.fail(f"no share within {balance}: {found}")
 
 
-def test_the_gain_of_another_host_share_is_predicted() -> None:
-    """The device updates 600 elements at 200 a second, and the host 200 at 100 a second."""
-    shared = shared_update.SharedUpdate(torch.device("cpu"))
-    shared._last = lambda: UpdateTimes(Side(0, 0.0), Side(600, 3.0), Side(200, 2.0), 800)
-    assert shared.balance() == round(16 / 3) / 16
-    assert shared.gain(0.25) == 0.0
-    assert shared.gain(0.0) == pytest.approx(3.0 - 4.0)
-    assert shared.gain(0.5) == pytest.approx(3.0 - 4.0)
-    assert shared.gain(5 / 16) == pytest.approx(3.0 - 2.75)
+ALL_MOVABLE = OffloadedElements(disk=0, host=800, movable=800)
+
+
+def times_with(disk: Side) -> UpdateTimes:
+    """Return the times of an update with 600 elements on the device at 200 a second, 200 on the host at 100 a second,
+    and others from a disk.
+    """
+    return UpdateTimes(disk, Side(600, 3.0), Side(200, 2.0))
+
+
+def test_the_seconds_of_an_update_with_another_host_share_are_predicted() -> None:
+    times = times_with(Side(0, 0.0))
+    assert times.best(ALL_MOVABLE) == pytest.approx(1 / 3)
+    for share, seconds in {0.25: times.took, 0.0: 4.0, 0.5: 4.0, 5 / 16: 2.75}.items():
+        assert times.seconds(share, ALL_MOVABLE) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("disk", "share"), [(1.0, 5 / 12), (2.0, 1 / 2), (9.0, 1.0)])
 def test_the_host_has_a_larger_share_if_the_device_waits_for_a_disk(disk: float, share: float) -> None:
     """The speeds are the same, but there are also states on a disk, which only the device can update."""
-    shared = shared_update.SharedUpdate(torch.device("cpu"))
-    shared._last = lambda: UpdateTimes(Side(50, disk), Side(600, 3.0), Side(200, 2.0), 800)
-    assert shared.balance() == pytest.approx(share, abs=1 / 32)
-    assert shared.gain(0.25) == 0.0
-    assert shared.gain(1.0) == pytest.approx(disk + 3.0 - max(disk, 8.0))
+    times, elements = times_with(Side(50, disk)), OffloadedElements(disk=50, host=800, movable=800)
+    assert times.best(elements) == pytest.approx(share)
+    assert times.seconds(0.25, elements) == times.took
+    assert times.seconds(1.0, elements) == pytest.approx(max(disk, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("elements", "share", "seconds"),
+    [
+        (OffloadedElements(disk=0, host=600, movable=400), 1 / 2, 2.0),
+        (OffloadedElements(disk=0, host=600, movable=100), 1.0, 2.5),
+        (OffloadedElements(disk=0, host=300, movable=300), 1 / 3, 1.0),
+        (OffloadedElements(disk=25, host=400, movable=400), 1 / 2, 2.0),  # half as many on the disk: 1 second
+        (OffloadedElements(disk=0, host=600, movable=0), 1.0, 3.0),
+    ],
+)
+def test_the_hosts_share_is_that_of_the_elements_of_another_plan(
+    elements: OffloadedElements, share: float, seconds: float
+) -> None:
+    times = times_with(Side(50, 2.0))
+    assert times.best(elements) == pytest.approx(share)
+    assert times.seconds(share, elements) == pytest.approx(seconds)
+
+
+def test_a_disk_that_was_not_timed_is_as_fast_as_the_bus() -> None:
+    times, elements = times_with(Side(0, 0.0)), OffloadedElements(disk=200, host=400, movable=400)
+    assert times.best(elements) == pytest.approx(1 / 2)
+    assert times.seconds(0.5, elements) == pytest.approx(2.0)
+
+
+def test_a_side_that_was_not_timed_leaves_the_share_as_it_is() -> None:
+    for bus, host in ((Side(0, 0.0), Side(800, 8.0)), (Side(800, 4.0), Side(0, 0.0))):
+        assert UpdateTimes(Side(50, 1.0), bus, host).best(ALL_MOVABLE) is None
 
 
 def left_behind(rank: int, world_size: int, raw: Raw) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 import parallel
 from parallel.checkpoint import checkpoint
 from parallel.engine.base import EngineBase
-from parallel.optim import shared_update
+from parallel.optim import shared_update, streaming
 from parallel.optim.part import Part
+from parallel.optim.shared_update import FIRST_SHARE, Side, UpdateTimes
 from parallel.placement import manager
 from parallel.placement.plan_state import PlanState
 from parallel.placement.profile import TimeProfile
@@ -294,6 +296,52 @@ def test_a_weight_that_two_stages_hold_is_updated_on_the_same_side() -> None:
     found = run(updated_on_the_host, 2, raw_of("pp2", "cpu", 0))
     assert not any("embed.table" in name for names in found for name in names)
     assert all(len(names) > 5 for names in found)
+
+
+def shares_of_steps(sequences: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], EngineBase]:
+    """Return the host's share in each of these steps and after them, and the engine. In each update the bus takes 200
+    elements a second and the host 50.
+    """
+
+    def timed(*given: Any) -> UpdateTimes:
+        found = UpdateTimes(*given)
+        bus, host = found.bus.elements, found.host.elements
+        return replace(found, bus=Side(bus, bus / 200), host=Side(host, host / 50))
+
+    monkeypatch.setattr(shared_update, "UpdateTimes", timed)
+    monkeypatch.setattr(streaming, "PART", 1024)  # so small that the host gets some parts with the first share
+    raw = raw_of("single", "auto", 0)
+    raw["zero"]["device_memory"] = "175KiB"
+    engine = engine_of(0, 1, raw)
+    in_forwards, found = list[float](), list[float]()
+    engine.part.register_forward_pre_hook(lambda *_: in_forwards.append(engine.optimizer.host_share))
+    for sequence in sequences:
+        engine.train_step(share_of(batches_of(1, batch=24, sequence=sequence)[0], engine))
+        found.append(in_forwards[-1])
+    return [*found, engine.optimizer.host_share], engine
+
+
+def test_the_host_has_the_share_with_which_neither_side_waits_under_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan keeps the parameters of some chunks on the device, and their states on the host: these elements stream
+    through the device. The share of the profiled step, where the host may update all elements, would be 3/16.
+    """
+    (*_, share), engine = shares_of_steps([4, 4], monkeypatch)
+    on_host = sum(len(chunk.master) for chunk in engine.chunks if chunk.placement.states is Tier.HOST)
+    movable = sum(len(chunk.master) for chunk in engine.chunks if chunk.placement == ON_HOST)
+    assert 0 < movable < on_host / 2
+
+    def seconds(share: float) -> float:
+        return max((on_host - share * movable) / 200, share * movable / 50)
+
+    assert share == min((k / 16 for k in range(17)), key=seconds)
+
+
+def test_a_step_that_is_profiled_again_has_the_first_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's share is one of fewer elements. If it were 1, a profiled step would not time the bus."""
+    shares, _ = shares_of_steps([4, 4, 4, 6], monkeypatch)
+    assert shares[2] != FIRST_SHARE
+    assert shares[:2] == [FIRST_SHARE] * 2
+    assert shares[3] == FIRST_SHARE
 
 
 def test_an_illegal_transition_of_a_plan_raises() -> None:

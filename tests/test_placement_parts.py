@@ -88,7 +88,8 @@ def agreements(rank: int, world_size: int) -> list[Any]:
         agreement.is_true_on_any(False),
         agreement.is_true_on_all(rank == 1),
         agreement.is_true_on_all(True),
-        agreement.agree(Proposal(rank, 3 - rank, 0.5 - rank / 4)),
+        agreement.agree(Proposal(rank, 3 - rank)),
+        agreement.least_share(0.5 - rank / 4),
         agreed_minimum(7 - rank, sizes, world),
         agreed_minimum(7 - rank, sizes * (1 + rank), world),
     ]
@@ -105,7 +106,7 @@ def agreements(rank: int, world_size: int) -> list[Any]:
 def test_ranks_agree_on_what_suits_each() -> None:
     for rank, found in enumerate(run(agreements, 2)):
         *same, of_other_chunks, no_room, problem = found
-        assert same == [[[1, 5], [2, 10]], True, False, False, True, Proposal(1, 3, 0.25), 6]
+        assert same == [[[1, 5], [2, 10]], True, False, False, True, Proposal(1, 3), 0.25, 6]
         assert of_other_chunks == 7 - rank
         assert "zero.device_memory: 0.00 MiB cannot hold" in no_room
         assert problem == "one problem"
@@ -118,8 +119,8 @@ def test_what_a_saved_plan_depends_on_includes_the_budget() -> None:
 
 
 def test_a_rank_with_fewer_chunks_offloads_all_of_them() -> None:
-    assert Proposal(3, 1, 0.0).on_device(5) == (2, 4)
-    assert Proposal(3, 1, 0.0).on_device(2) == (0, 1)
+    assert Proposal(3, 1).on_device(5) == (2, 4)
+    assert Proposal(3, 1).on_device(2) == (0, 1)
 
 
 # -- moves
@@ -128,7 +129,7 @@ def test_a_rank_with_fewer_chunks_offloads_all_of_them() -> None:
 class Recorder:
     """An optimizer that moves nothing but notes where each chunk went, in order."""
 
-    host_share = 0.0
+    host_share = first_share = 0.0
 
     def __init__(self) -> None:
         self.moves: list[tuple[int, Placement]] = []
@@ -144,8 +145,8 @@ class Recorder:
     def balance(self) -> float:
         return 0.0
 
-    def gain(self, share: float) -> float:
-        return 0.0
+    def update_seconds(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
 
 def test_parameters_leave_the_host_before_states_come_to_it() -> None:
@@ -211,10 +212,12 @@ def test_the_reported_time_is_the_median_after_the_plan_has_settled() -> None:
 
 
 def test_a_plan_that_offloads_nothing_takes_the_time_of_computation_without_waits() -> None:
-    """A profiled step of 10 seconds: 6 of computation, of which 2 were waits for parameters, and 4 for states."""
-    assert predicted_seconds(10.0, computing=6.0, spared=2.0, gain=0.0, streamed=0.0) == 4.0
-    assert predicted_seconds(10.0, computing=6.0, spared=0.0, gain=0.0, streamed=1.0) == 10.0
-    assert predicted_seconds(10.0, computing=6.0, spared=1.0, gain=2.0, streamed=0.5) == 6.0
+    """A profiled step of 10 seconds: 6 of computation, of which 2 were waits for parameters, and 4 for states: 3 of
+    these were the update.
+    """
+    assert predicted_seconds(10.0, computing=6.0, spared=2.0, updates=(3.0, 0.0), streamed=0.0) == 4.0
+    assert predicted_seconds(10.0, computing=6.0, spared=0.0, updates=(3.0, 3.0), streamed=1.0) == 10.0
+    assert predicted_seconds(10.0, computing=6.0, spared=1.0, updates=(3.0, 2.0), streamed=0.5) == 7.5
 
 
 @pytest.mark.parametrize(

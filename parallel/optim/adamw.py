@@ -16,7 +16,7 @@ from parallel.ops.kernels.elements import Elements, Noise, Step
 from parallel.optim.moments import Moments
 from parallel.optim.part import Part
 from parallel.optim.rounding import NoiseOfParts, Rounding
-from parallel.optim.shared_update import HOST_PART, SharedUpdate, update_in_place
+from parallel.optim.shared_update import FIRST_SHARE, HOST_PART, SharedUpdate, update_in_place
 from parallel.optim.streaming import PART
 from parallel.optim.update_counts import UpdateCounts
 from parallel.storage.transfer import HostCopy, Placement, Tier
@@ -58,6 +58,7 @@ class AdamW:
     """
 
     kind = "the config's AdamW"  # as a checkpoint names it
+    first_share = FIRST_SHARE
 
     def __init__(self, chunks: Sequence[Chunk], config: OptimizerConfig) -> None:
         self.chunks, self.config = [chunk for chunk in chunks if not chunk.is_frozen], config
@@ -166,7 +167,7 @@ class AdamW:
 
     @property
     def host_share(self) -> float:
-        """The share of the elements with states on the host that is updated there."""
+        """The host's share of the elements that either side may update."""
         return self._shared.share
 
     @host_share.setter
@@ -178,12 +179,14 @@ class AdamW:
         return 0.0
 
     def balance(self) -> float:
-        """Return the share with which neither side would have waited for the other in the last update."""
-        return self._shared.balance()
+        """Return the share with which neither side waits for the other where the chunks are now, at the speeds of the
+        last update.
+        """
+        return self._shared.balance(self.chunks)
 
-    def gain(self, share: float) -> float:
-        """Return the seconds by which the last update would have been shorter with this share."""
-        return self._shared.gain(share)
+    def update_seconds(self) -> tuple[float, float]:
+        """Return the seconds of the last update, and those of the next one where the chunks are now."""
+        return self._shared.seconds(self.chunks)
 
     def _parts_of(self, chunk: Chunk) -> list[Part]:
         """Return the parts of a chunk to update: consecutive parameters with equal counts of updates are one part."""

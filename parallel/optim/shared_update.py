@@ -35,32 +35,59 @@ class Side:
 
 
 @dataclass(frozen=True)
+class OffloadedElements:
+    """The elements of an update whose states are on a disk, and those whose states are on the host. Of the latter,
+    `movable` can be updated by either side.
+    """
+
+    disk: int
+    host: int
+    movable: int
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> "OffloadedElements":
+        """Return those of chunks, where they are now."""
+        disk = sum(len(chunk.master) for chunk in chunks if chunk.placement.states is Tier.DISK)
+        host = sum(len(chunk.master) for chunk in chunks if chunk.placement.states is Tier.HOST)
+        movable = sum(len(chunk.master) for chunk in chunks if _is_movable(chunk))
+        return cls(disk, host, movable)
+
+
+@dataclass(frozen=True)
 class UpdateTimes:
     """The times of one update. The device updates what comes from a disk (`disk`), then what comes over the bus from
-    the host (`bus`); meanwhile the host updates its share (`host`). Of the elements of the last two, `movable` could
-    have been updated by either side.
+    the host (`bus`); meanwhile the host updates its share (`host`).
     """
 
     disk: Side
     bus: Side
     host: Side
-    movable: float
 
-    def best(self) -> float | None:
-        """Return the share of the movable elements with which neither side would have waited for the other; None if the
-        host, or the device, did nothing.
+    def best(self, elements: OffloadedElements) -> float | None:
+        """Return the share of the movable elements with which neither side would wait for the other in an update of
+        these elements, at the speeds of this one; 1 if none is movable, and None if a speed is not known.
         """
-        if not self.host.elements or not self.disk.elements + self.bus.elements:
+        if not elements.movable:
+            return 1.0
+        if not self.bus.elements or not self.host.elements:
             return None
-        both = self.bus.elements + self.host.elements
-        own = (self.disk.seconds + self.bus.at(both)) / (self.bus.at(1) + self.host.at(1) or 1e-12)
-        return min(1.0, own / self.movable)
+        own = self._on_device(elements) / (self.bus.at(1) + self.host.at(1) or 1e-12)
+        return min(1.0, own / elements.movable)
 
-    def seconds(self, share: float) -> float:
-        """Return the seconds that the update would have taken with this share on the host."""
-        own = share * self.movable
-        both = self.bus.elements + self.host.elements
-        return max(self.disk.seconds + self.bus.at(both - own), self.host.at(own))
+    def seconds(self, share: float, elements: OffloadedElements) -> float:
+        """Return the seconds that an update of these elements would take with this share on the host, at the speeds of
+        this one.
+        """
+        own = share * elements.movable
+        return max(self._on_device(elements) - self.bus.at(own), self.host.at(own))
+
+    def _on_device(self, elements: OffloadedElements) -> float:
+        """Return the seconds of the device if it updated all of these elements.
+
+        What comes from a disk comes over the bus too: that is what is known of it if nothing came from there.
+        """
+        from_disk = self.disk if self.disk.elements else self.bus
+        return from_disk.at(elements.disk) + self.bus.at(elements.host)
 
     @property
     def took(self) -> float:
@@ -68,12 +95,12 @@ class UpdateTimes:
         return max(self.disk.seconds + self.bus.seconds, self.host.seconds)
 
 
-NOTHING = UpdateTimes(Side(0, 0.0), Side(0, 0.0), Side(0, 0.0), 0)
+NOTHING = UpdateTimes(Side(0, 0.0), Side(0, 0.0), Side(0, 0.0))
 
 
 class SharedUpdate:
     """Streams parts through the device, and lets the host update the last ones where they are: `share` of the elements
-    with states on the host. DeepSpeed's ZeRO-Offload updates all of these on the host (Ren et al. 2021, arXiv
+    that either side may update. DeepSpeed's ZeRO-Offload updates all of these on the host (Ren et al. 2021, arXiv
     2101.06840).
 
     Device and host round differently. Therefore the share only changes when it is set, to the same value on all ranks:
@@ -120,7 +147,6 @@ class SharedUpdate:
         queue.launch(len(from_disk) + sum(not part.chunk.waits_when_used for part in from_host))
         self._updated = self._end_of_parameters_on_device(streamed)
         counts = [_elements(x) for x in (from_disk, from_host, left)]
-        movable = _elements([part for part in parts if _is_movable(part)])
         threads = list(on_hosts.values())
 
         def last() -> UpdateTimes:  # it refers to numbers alone: a part would keep its memory
@@ -129,7 +155,7 @@ class SharedUpdate:
                 self._beside.synchronize()  # the device has reached the times
             disk, bus = (self._clock.seconds(begun, ended) for begun, ended in pairwise(times))
             seconds = sum(thread.result() for thread in threads)
-            return UpdateTimes(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds), movable)
+            return UpdateTimes(Side(counts[0], disk), Side(counts[1], bus), Side(counts[2], seconds))
 
         self._last = last
 
@@ -187,24 +213,26 @@ class SharedUpdate:
         written = [chunk.parameters.written for chunk in at_once]
         return written[-1] if written else CopyEvent()
 
-    def balance(self) -> float:
-        """Wait for the last update, and return the best share for it, in sixteenths."""
-        best = self._last().best()
+    def balance(self, chunks: Sequence[Chunk]) -> float:
+        """Wait for the last update, and return the best share for chunks where they are now, in sixteenths."""
+        best = self._last().best(OffloadedElements.of(chunks))
         return self.share if best is None else round(16 * best) / 16
 
-    def gain(self, share: float) -> float:
-        """Wait for the last update, and return the seconds that this share would have saved in it."""
+    def seconds(self, chunks: Sequence[Chunk]) -> tuple[float, float]:
+        """Wait for the last update. Return the seconds that it took, and those that an update of chunks takes where
+        they are now.
+        """
         last = self._last()
-        return last.took - last.seconds(share)
+        return last.took, last.seconds(self.share, OffloadedElements.of(chunks))
 
     def _split(self, parts: Sequence[Part]) -> tuple[Sequence[Part], Sequence[Part]]:
         """Divide parts into those that stream through the device and the last ones, which are left to the host."""
         streamed, left = [], list[Part]()
-        room = self.share * _elements([part for part in parts if _is_movable(part)])
+        room = self.share * _elements([part for part in parts if _is_movable(part.chunk)])
         for part in reversed(parts):
-            if _is_movable(part):
+            if _is_movable(part.chunk):
                 room -= len(part.gradient)  # once there is none, no earlier part is left to the host: it is needed soon
-            if _is_movable(part) and room >= 0:
+            if _is_movable(part.chunk) and room >= 0:
                 left.append(part)
             else:
                 streamed.append(part)
@@ -222,11 +250,11 @@ def update_in_place(parts: Sequence[Part], update: Update) -> float:
     return time.perf_counter() - begun
 
 
-def _is_movable(part: Part) -> bool:
-    """Return True if either side may update a part: parameters and states are on the host, and no other pipeline stage
+def _is_movable(chunk: Chunk) -> bool:
+    """Return True if either side may update a chunk: parameters and states are on the host, and no other pipeline stage
     has the same master weights. The parts of a tied weight differ between stages, so both update it on the device.
     """
-    return part.chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(part.chunk.spec.axes) == 1
+    return chunk.placement == Placement(Tier.HOST, Tier.HOST) and len(chunk.spec.axes) == 1
 
 
 def _elements(parts: Sequence[Part]) -> int:

@@ -30,7 +30,7 @@ class TorchOptimizer:
     for an optimizer that cannot be divided.
     """
 
-    host_share = 1.0  # it updates master weights where they are
+    host_share = first_share = 1.0  # it updates master weights where they are
 
     def __init__(self, chunks: Sequence[Chunk], inner: torch.optim.Optimizer) -> None:
         _check(chunks, inner)
@@ -200,9 +200,9 @@ class TorchOptimizer:
         """Return the share of updates on the host: there is no other."""
         return self.host_share
 
-    def gain(self, share: float) -> float:
-        """Return the seconds that another share would save: none."""
-        return 0.0
+    def update_seconds(self) -> tuple[float, float]:
+        """Return no seconds: no update streams through the device."""
+        return 0.0, 0.0
 
     def _start_on_disk(self, chunk: Chunk) -> None:
         """Make a chunk's states before the first update, as files of zeros: then a disk without room for them is

@@ -19,12 +19,11 @@ from parallel.placement.shortage import device_shortage
 @dataclass(frozen=True)
 class Proposal:
     """The placement that a rank would choose: it offloads the states, and the parameters, of so many of its last
-    chunks, and updates `host_share` of the elements whose states are on the host there.
+    chunks.
     """
 
     offloaded_states: int
     offloaded_parameters: int
-    host_share: float
 
     def on_device(self, num_chunks: int) -> tuple[int, int]:
         """Return how many of a rank's first chunks have their states, and their parameters, on the device."""
@@ -63,15 +62,17 @@ class RankAgreement:
         return all(gather_objects(claim, self.world))
 
     def agree(self, own: Proposal) -> Proposal:
-        """Return a proposal that suits every rank: each offloads as many chunks as any rank needs to, and updates the
-        least share on the host.
-        """
+        """Return a proposal that suits every rank: each offloads as many chunks as any rank needs to."""
         proposals: list[Proposal] = gather_objects(own, self.world)
         return Proposal(
             max(proposal.offloaded_states for proposal in proposals),
             max(proposal.offloaded_parameters for proposal in proposals),
-            min(proposal.host_share for proposal in proposals),
         )
+
+    def least_share(self, own: float) -> float:
+        """Return the least share of an update that any rank would leave to its host: replicas have one share."""
+        shares: list[float] = gather_objects(own, self.world)
+        return min(shares)
 
 
 def agreed_minimum(num_host_states: int, sizes: Sequence[ChunkBytes], world: Axis) -> int:

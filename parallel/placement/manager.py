@@ -140,8 +140,8 @@ class PlacementManager:
         layers = {chunk.infos[0].unit for chunk in self.chunks}
         self._history.restore([tuple(size) for size in state["work"]], layers)
         offloaded_states, offloaded_parameters = state["moving"]
-        saved = Proposal(offloaded_states, offloaded_parameters, state["host_share"])
-        self._carry_out(saved, self.initial.sizes, state["peak"])
+        self._carry_out(Proposal(offloaded_states, offloaded_parameters), self.initial.sizes, state["peak"])
+        self.optimizer.host_share = state["host_share"]
 
     # -- parts of a step
 
@@ -159,6 +159,7 @@ class PlacementManager:
         self.log("placement: the steps have changed; planning again")
         self._history.drop_unmeasured()
         move_back(self.chunks, self.optimizer, self.initial.storages)
+        self.optimizer.host_share = self.optimizer.first_share
         self._lifecycle.move_to(PlanState.OFFLOADED)
 
     def _plan_by(self, profile: StepProfile) -> None:
@@ -172,11 +173,12 @@ class PlacementManager:
         num_states, num_parameters = agreed.on_device(len(self.chunks))
         peak = peak_bytes(sizes, self._history.samples, num_states, num_parameters)
         plan = self._carry_out(agreed, sizes, peak)
+        self.optimizer.host_share = self._agreement.least_share(self.optimizer.balance())  # where they are now
         seconds = predicted_seconds(
             step,
             computing=times.seconds_computing(),
             spared=times.seconds_waiting({chunk.infos[0].unit for chunk in self.chunks[:num_parameters]}),
-            gain=self.optimizer.gain(agreed.host_share),
+            updates=self.optimizer.update_seconds(),
             streamed=sum(size.states for size in sizes[num_states:]) / sum(size.states for size in sizes),
         )
         self.log(describe_plan(plan, len(self.chunks), self.budget, seconds))
@@ -193,7 +195,7 @@ class PlacementManager:
             samples, room = self._history.samples, self.initial.room
             plan = plan_placement(sizes, samples, self.budget, zero.gpu_margin_mem_ratio, room)
         num_states, num_parameters = (plan.num_device_states, plan.num_device_parameters) if plan else (0, 0)
-        return Proposal(count - num_states, count - num_parameters, self.optimizer.balance())
+        return Proposal(count - num_states, count - num_parameters)
 
     def _carry_out(self, agreed: Proposal, sizes: Sequence[ChunkBytes], peak: int) -> PlacementPlan:
         """Move the chunks as the ranks agreed, and put that plan in force.
@@ -208,7 +210,6 @@ class PlacementManager:
         num_host_states = agreed_minimum(num_host_states, sizes, self._agreement.world)
         plan = PlacementPlan(num_states, num_parameters, num_host_states, peak)
         move_by_plan(self.chunks, self.optimizer, plan)
-        self.optimizer.host_share = agreed.host_share
         self._timer.reset()
         self._lifecycle.adopt(plan)
         return plan

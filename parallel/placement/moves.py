@@ -10,9 +10,14 @@ from parallel.storage.transfer import Placement, Tier
 
 
 class MovingOptimizer(Protocol):
-    """An optimizer whose states can be moved between two steps, and which updates a share of them on the host."""
+    """An optimizer whose states can be moved between two steps, and which updates a share of them on the host.
+
+    host_share    the host's share of the elements that either side may update
+    first_share   what it is in a profiled step, which times all sides
+    """
 
     host_share: float
+    first_share: float
 
     def move(self, chunk: Chunk, placement: Placement) -> None:
         """Move the parameters, master weights and moments of a chunk."""
@@ -21,10 +26,14 @@ class MovingOptimizer(Protocol):
         """Return the bytes of a chunk's master weights and moments."""
 
     def balance(self) -> float:
-        """Return the host's share with which neither side would have waited for the other in the last update."""
+        """Return the host's share with which neither side waits for the other where the chunks are now, at the speeds
+        of the last update.
+        """
 
-    def gain(self, share: float) -> float:
-        """Return by how many seconds the last update would have been shorter with this share."""
+    def update_seconds(self) -> tuple[float, float]:
+        """Return the seconds of the last update, and those of the next one where the chunks are now, at the same
+        speeds.
+        """
 
 
 def move_by_plan(chunks: Sequence[Chunk], optimizer: MovingOptimizer, plan: PlacementPlan) -> None:

@@ -46,16 +46,19 @@ class StepTimer:
         return median(self._seconds[SETTLING:])
 
 
-def predicted_seconds(step: float, *, computing: float, spared: float, gain: float, streamed: float) -> float:
+def predicted_seconds(
+    step: float, *, computing: float, spared: float, updates: tuple[float, float], streamed: float
+) -> float:
     """Return the seconds of a step under a new plan, from those of the profiled step.
 
     `computing` of the profiled step's seconds were computation, of which the plan spares the waits for parameters that
-    will be on the device. The rest was for states that are offloaded: with another share of the host it would have been
-    shorter by `gain`, and `streamed`, a fraction of all states, is still offloaded. A profiled step waits for its whole
-    update, and so do the steps that are measured under a plan. After these a forward begins while the update goes on,
-    and steps are shorter.
+    will be on the device. The rest was for states that are offloaded: `updates` has the seconds of the profiled step's
+    update, and of the one under the plan. What else there was falls to `streamed`, the fraction of all states that are
+    still offloaded. A profiled step waits for its whole update, and so do the steps that are measured under a plan.
+    After these a forward begins while the update goes on, and steps are shorter.
     """
-    return computing - spared + (step - computing - gain) * streamed
+    profiled, planned = updates
+    return computing - spared + (step - computing - profiled) * streamed + planned
 
 
 def describe_plan(plan: PlacementPlan, num_chunks: int, budget: int, seconds: float) -> str:
