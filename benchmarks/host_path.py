@@ -27,6 +27,7 @@ from parallel.chunk.writes import Writes
 from parallel.engine import captured_step
 from parallel.engine.captured_step import CapturedStep, CapturedWork
 from parallel.engine.phases import Stopwatch
+from parallel.engine.replica_batches import ReplicaBatches
 from parallel.engine.step_code import StepCode
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.captured import CALLS_BEFORE, graphs_of
@@ -41,7 +42,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "whether parameters were replaced": (Writes, "take_replaced"),
     "whether modules have changed": (OriginalParameters, "change"),
     "whether parameters were written into": (parallel.Engine, "_start_check"),
-    "checks and staging of the batch": (parallel.Engine, "_staged"),
+    "checks and staging of the batch": (ReplicaBatches, "staged"),
     "what decides about kernels": (StepCode, "key"),
     "whether somebody looks on": (CapturedStep, "_is_observed"),
     "copy of the batch": (StagedBatch, "copy_to"),

@@ -108,6 +108,7 @@ PARTS = "tests/test_grouped_attention.py::test_split_sequences_are_attended_to_a
 IMPORTS, MARKS = "tests/test_imports.py", "parallel/ops/compiling.py"
 TORCH_OPTIM, LEAVES = "parallel/optim/torch_optimizer.py", "parallel/optim/leaves.py"
 ENGINE, COUNTS, LAYOUT = "parallel/engine/engine.py", "parallel/optim/update_counts.py", "parallel/layout/layout.py"
+REPLICA_BATCHES = "parallel/engine/replica_batches.py"
 ROUND = "parallel/optim/rounding.py"
 CHUNK, SPEC, ACCUMULATOR, BUFFER, GRADIENT = (
     f"parallel/chunk/{name}.py" for name in ("chunk", "spec", "accumulator", "parameters", "gradient")
@@ -279,14 +280,14 @@ NORM_AND_CLIP = (
 
 MEANS = (
     Mutant("no-mean", "the gradient is that of the summed loss, not of its mean",
-           ENGINE, "scale = self.loss_scale.scale / max(1, tokens)", "scale = 1.0", trains("single")),
+           REPLICA_BATCHES, "scale = self.steps.loss_scale.scale / max(1, tokens)", "scale = 1.0", trains("single")),
     Mutant("count-of-this-replica", "the mean is over one replica's labels",
-           ENGINE,
+           REPLICA_BATCHES,
            "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
            "tokens = int(sums[0]); _, refused, total, squares = all_reduce(sums, self.data).tolist()",
            trains("dp2")),
     Mutant("mean-of-replica-means", "each replica divides by its own count, then they average",
-           ENGINE,
+           REPLICA_BATCHES,
            "tokens, refused, total, squares = all_reduce(sums, self.data).tolist()",
            "tokens = int(sums[0]) * self.data.size; _, refused, total, squares = all_reduce(sums, self.data).tolist()",
            trains("dp2")),
@@ -298,7 +299,7 @@ MEANS = (
            " / (self.microbatches[key[1]].labels != -100).sum()]",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
-           ENGINE, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
+           REPLICA_BATCHES, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
            "parallel/pipeline/staged.py", "                shift(x, out)\n", "                out.copy_(x)\n",
            trains("single")),
@@ -399,13 +400,13 @@ MODEL = (
            ATTENTION, "samples.unsqueeze(1) * self.all_heads + heads", "samples.unsqueeze(1) * 0 + heads",
            drops("attention")),
     Mutant("dropout-the-same-on-every-replica", "replicas give the same numbers to their samples",
-           ENGINE,
-           "first = self.num_samples + self.data.rank * len(ids)",
-           "first = self.num_samples",
+           REPLICA_BATCHES,
+           "first = num_samples + self.data.rank * len(ids)",
+           "first = num_samples",
            f"{RULES}::test_replicas_have_the_dropout_masks_of_a_single_rank"),
     Mutant("dropout-the-same-in-every-step", "the numbers of samples start again in each step",
-           ENGINE,
-           "first = self.num_samples + self.data.rank * len(ids)",
+           REPLICA_BATCHES,
+           "first = num_samples + self.data.rank * len(ids)",
            "first = self.data.rank * len(ids)",
            f"{RULES}::test_a_batch_repeated_in_the_next_step_has_other_dropout_masks"),
 )
@@ -456,7 +457,7 @@ SEQUENCES = (
            LAYER, "samples.unsqueeze(1) * batch.length", "samples.unsqueeze(1) * sequence",
            "tests/test_property.py::test_eight_ranks_equal_a_single_rank[dp2-a2a2-1d2]"),
     Mutant("a-mask-of-ones-is-kept", "attention uses a kernel for padding where nothing is padded",
-           ENGINE, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
+           REPLICA_BATCHES, "if mask is not None and bool(mask.all()):", "if mask is not None and not bool(mask.any()):",
            "tests/test_batches.py::test_a_mask_without_padding_is_left_out"),
     Mutant("16-bit-scores", "attention scores are rounded to 16 bits before the softmax",
            KERNELS, "scores = _products(q, k.mT, wide)", "scores = _products(q, k.mT, q.dtype).to(wide)",
@@ -654,7 +655,7 @@ PLACEMENT = (
            "parallel/modules/evaluation.py", "            part.training = was_training\n", "            pass\n",
            "tests/test_module_state.py::test_an_evaluation_leaves_a_module_training_as_it_was"),
     Mutant("uneven-samples", "replicas with different numbers of samples wait for each other",
-           ENGINE, "if total**2 != self.data.size * squares:", "if False:",
+           REPLICA_BATCHES, "if total**2 != self.data.size * squares:", "if False:",
            "tests/test_batches.py::test_replicas_with_different_numbers_of_samples_are_refused"),
     Mutant("loader-counts-what-is-left-out", "a loader's length is not the number of batches that it yields",
            AGREED, "return len(self._batches)", "return len(self._batches) - 1",
@@ -3335,8 +3336,8 @@ SCALES_OF_LINEARS = (
         "maxima-of-an-evaluation",
         "an evaluation records largest magnitudes as a step does",
         "parallel/engine/engine.py",
-        'explained(lambda: "an evaluation"), self._casting(records=False):',
-        'explained(lambda: "an evaluation"), self._casting(records=True):',
+        'explained(lambda: "an evaluation"), self.passes.casting(records=False):',
+        'explained(lambda: "an evaluation"), self.passes.casting(records=True):',
         f"{FP8_LAYOUTS}::test_an_evaluation_uses_the_scales_and_records_nothing_and_a_step_left_out_does_not_count",
     ),
     Mutant(

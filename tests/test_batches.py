@@ -89,7 +89,7 @@ def test_uneven_tensors_are_not_cut_to_the_shortest() -> None:
 
 def masks_of(rank: int, world_size: int, masks: list[Tensor]) -> list[bool]:
     engine = engine_of(rank, world_size, RAW)
-    found = [engine._staged(GOOD | dict(attention_mask=mask))[0] for mask in masks]
+    found = [engine.batches.staged(GOOD | dict(attention_mask=mask), engine.num_samples)[0] for mask in masks]
     return [any(one.attention_mask is not None for one in staged.microbatches) for staged in found]
 
 

@@ -29,6 +29,7 @@ from models.shapes import resolve
 from parallel.chunk.writes import Writes
 from parallel.engine import captured_step
 from parallel.engine.captured_step import problem_of_capture
+from parallel.engine.replica_batches import ReplicaBatches
 from parallel.engine.step_code import StepCode
 from parallel.errors import ModelError
 from parallel.modules.parameters import OriginalParameters
@@ -142,7 +143,7 @@ def test_replayed_steps_are_the_steps_that_run_as_usual(case: str, made: Made) -
 # -- the engine's state ------------------------------------------------------------------------------------------------
 
 
-PARTS = ("chunks", "gradients", "gatherer", "scaling", "optimizer", "steps", "writes", "_plans")
+PARTS = ("chunks", "gradients", "gatherer", "scaling", "optimizer", "steps", "writes")
 
 
 def described(x: object, path: str, seen: set[int]) -> Iterator[tuple[str, object]]:
@@ -182,11 +183,11 @@ def test_a_replay_leaves_the_engine_as_a_step_that_runs_as_usual_does(case: str,
     for engine in engines:
         train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 2)])
         engine.part.train()
-        staged, _ = engine._staged(batch_of(77))
+        staged, _ = engine.batches.staged(batch_of(77), engine.num_samples)
         loss = engine.captured_step(staged, engine.scaling is not None)
         assert all(chunk.gradient.total is not None for chunk in engine.chunks)
         state = {name: getattr(engine, name) for name in PARTS}
-        state |= dict(loss=loss, traffic=engine.mesh.traffic, phase=engine.stopwatch.phase)
+        state |= dict(loss=loss, plans=engine.passes.plans, traffic=engine.mesh.traffic, phase=engine.stopwatch.phase)
         found.append(dict(described(state, "engine", set())))
     assert made[0].replays >= 2
     assert found[0].keys() == found[1].keys()
@@ -462,7 +463,7 @@ def test_a_graph_is_launched_before_the_host_looks_at_anything_but_the_batch(
     train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
     for owner, name in (
         *((RerunGraph, "replay"), (RerunGraph, "beside"), (Writes, "take_replaced"), (OriginalParameters, "change")),
-        *((Writes, "changed"), (StepCode, "key"), (parallel.Engine, "_staged")),
+        *((Writes, "changed"), (StepCode, "key"), (ReplicaBatches, "staged")),
     ):
         member = getattr(owner, name)
 
@@ -472,7 +473,7 @@ def test_a_graph_is_launched_before_the_host_looks_at_anything_but_the_batch(
 
         monkeypatch.setattr(owner, name, noted)
     engine.train_step(batch_of(4))
-    assert seen == ["_staged", "replay", "take_replaced", "change", "beside", "changed", "key"]
+    assert seen == ["staged", "replay", "take_replaced", "change", "beside", "changed", "key"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp8", marks=SLOW)])

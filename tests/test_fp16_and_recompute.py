@@ -101,7 +101,7 @@ def kept_bytes(rank: int, world_size: int, raw: Raw) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    staged, _ = engine._staged(share_of(batches_of(1)[0], engine))
+    staged, _ = engine.batches.staged(share_of(batches_of(1)[0], engine), engine.num_samples)
     microbatch = staged.on(engine.mesh.device).microbatches[0]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         loss = engine.part(None, microbatch, 0)

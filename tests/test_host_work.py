@@ -324,7 +324,7 @@ def test_a_batch_goes_to_a_device_by_one_copy(micro_batch_size: int) -> None:
     mask[0, 12:] = 0
     given = batch() | dict(attention_mask=mask, document_ids=documents, position_ids=torch.arange(16).expand(2, -1))
     given["labels"] = given["input_ids"] + 1
-    staged, _ = engine._staged(given)
+    staged, _ = engine.batches.staged(given, engine.num_samples)
     with Launches() as launches:
         moved = staged.on(torch.device("cpu"), copied=True)
         staged.copy_to(moved)

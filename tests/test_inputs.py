@@ -72,7 +72,7 @@ def held_between(rank: int, world_size: int, raw: Raw) -> int:
     engine = engine_of(rank, world_size, raw)
     batch = share_of(batches_of(1)[0], engine)
     engine.train_step(batch)  # from now on there are buffers on the host
-    staged, _ = engine._staged(batch)
+    staged, _ = engine.batches.staged(batch, engine.num_samples)
     microbatch = staged.on(engine.mesh.device).microbatches[0]
     held = Allocations()
     with held:

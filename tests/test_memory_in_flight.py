@@ -129,7 +129,7 @@ def measured_and_foreseen(rank: int, world_size: int, raw: Raw) -> tuple[int, in
         engine.train_step(batch)  # in bf16: there are no scales yet
     most = 0
     with Allocations() as allocations:
-        staged, _ = engine._staged(batch)
+        staged, _ = engine.batches.staged(batch, engine.num_samples)
         microbatches = staged.on(engine.mesh.device).microbatches
         before = allocations.now
 
@@ -138,7 +138,7 @@ def measured_and_foreseen(rank: int, world_size: int, raw: Raw) -> tuple[int, in
             buffers = [chunk.gradient.accumulator.buffer for chunk in engine.chunks]
             most = max(most, allocations.now - before - sum(x.nbytes for x in buffers if x is not None))
 
-        engine._forwards_and_backwards(microbatches, mark)
+        engine.passes.forwards_and_backwards(microbatches, mark)
     found = preview_of(engine.config, world_size)
     in_bf16 = preview_of(replace(engine.config, train=replace(engine.config.train, precision="bf16")), world_size)
     copies = found.parts[rank].weight_bytes - in_bf16.parts[rank].weight_bytes if engine.scaling is not None else 0

@@ -61,7 +61,7 @@ def trained_by(
         recomputes = config.train.activation_checkpointing != "none"
         plan = drawn_plan(context.mesh.topology.rank_of_stage, num_microbatches, seed=seed, halves=not recomputes)
         validate(plan)
-        engine._plans[True, num_microbatches] = plan
+        engine.passes.plans[True, num_microbatches] = plan
     return traced(engine, batches)
 
 

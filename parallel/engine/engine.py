@@ -1,13 +1,12 @@
 """The engine of a model in stages: one training step of a plan, gradients, a norm and an update.
 
-It knows no model.
+It knows no model. What it does with a batch is in `replica_batches`, forwards and backwards are in `planned_passes`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,36 +17,28 @@ from parallel.engine.composition import initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.origin import origin_of
 from parallel.engine.phases import Stopwatch
+from parallel.engine.planned_passes import PlannedPasses
+from parallel.engine.replica_batches import ReplicaBatches, Staged
 from parallel.engine.results import StepResult
 from parallel.engine.scales import scaling_of
 from parallel.engine.state import EngineState
 from parallel.engine.step_code import StepCode
 from parallel.errors import ColonnadeError, DataError, ModelError, NonFiniteError
-from parallel.layout.labels import IGNORED, num_counted
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import all_reduce
 from parallel.modules.first_not_finite import FirstNotFinite
 from parallel.modules.parameters import OriginalParameters, problem_of_frozen
-from parallel.modules.shares import UNKNOWN
 from parallel.optim.grad_norm import global_norm, norm_and_sum
 from parallel.optim.gradients import Gradients
 from parallel.optim.step_counts import Outcome, found_inf
-from parallel.pipeline.microbatch import Microbatch, as_int64, batch_problem, given, labels_of
 from parallel.pipeline.p2p import Pipe
 from parallel.pipeline.part import ModelPart
-from parallel.pipeline.runner import Runner
-from parallel.pipeline.schedule import evaluation_plan_of, plan_of
 from parallel.pipeline.staged import StagedBatch
 from parallel.placement.shortage import refusing_without_room
-from parallel.plan.plan import Action, Plan
-from parallel.plan.validate import validate
-from parallel.sequence import Documents
+from parallel.plan.plan import Action
 from parallel.storage.transfer import HostCopy
 from parallel.tensor.layers import Weighted
 from parallel.zero.gatherer import Gatherer
-
-Staged: TypeAlias = tuple[StagedBatch, int]
-"""A batch on the host, and the number of counted labels of all replicas."""
 
 
 class Engine(EngineState):
@@ -91,12 +82,15 @@ class Engine(EngineState):
                 module.receiver = self.gradients.receiver(module.weight, in_compiled_code=compiles)
         self.scaling = scaling_of(part, self.chunks, context)
         self.stopwatch = Stopwatch(self.mesh.device, self.mesh.watch.progress.enter)
-        run, code = partial(self._forwards_and_backwards, records=True), StepCode(part, self.chunks, self.writes)
+        self.batches = ReplicaBatches(context, part.interface.limits, self.steps)
+        self.passes = PlannedPasses(
+            part, context, pipe=self.pipe, gatherer=self.gatherer, gradients=self.gradients, scaling=self.scaling
+        )
+        run, code = partial(self.passes.forwards_and_backwards, records=True), StepCode(part, self.chunks, self.writes)
         never = problem_of_capture(config, self.mesh.world.size, is_torchs=optimizer is not None)
         self.captured_step = CapturedStep(run, code, gradients=self.gradients, stopwatch=self.stopwatch, never=never)
         self.num_samples = 0
         self._original = OriginalParameters(part, self.chunks, made_by="parallel.Engine")
-        self._plans: dict[tuple[bool, int], Plan] = {}
 
     def agree_on(self, action: str, problem: str = "", error: type[ColonnadeError] = ModelError) -> None:
         """Do as `EngineBase.agree_on`; a change of the parameters that this engine cannot follow is a problem."""
@@ -138,7 +132,7 @@ class Engine(EngineState):
         if not self.captured_step.may_start_early:
             return None
         self.stopwatch.mark("data")
-        staged, tokens = self._staged(batch)
+        staged, tokens = self.batches.staged(batch, self.num_samples)
         self.captured_step.start_early(staged, self._multiplies_in_8_bits)
         return staged, tokens
 
@@ -150,10 +144,11 @@ class Engine(EngineState):
         # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
         written = self._start_check() if self.config.zero.stage < 3 else None
         self.part.train()
-        staged, tokens = self._staged(batch) if early is None else early
+        staged, tokens = self.batches.staged(batch, self.num_samples) if early is None else early
         if not tokens:
             raise DataError("batch: no label to learn from: all of them are -100.")
-        self._plan(staged.num_microbatches, trains=True)  # a schedule's file may have another number of microbatches
+        # A schedule's file may have another number of microbatches, which is refused before anything is changed.
+        self.passes.plan(staged.num_microbatches, trains=True)
         masks = (int(x is not None) for x in (staged.whole.attention_mask, staged.whole.documents))
         self.placement_manager.before_step((staged.num_microbatches, staged.size, staged.whole.length, *masks))
         total = self.captured_step(staged, self._multiplies_in_8_bits)
@@ -207,13 +202,13 @@ class Engine(EngineState):
         self.agree_on("an evaluation")
         self.part.eval()
         total, tokens = 0.0, 0
-        with self.memory_guard.explained(lambda: "an evaluation"), self._casting(records=False):
+        with self.memory_guard.explained(lambda: "an evaluation"), self.passes.casting(records=False):
             self.gatherer.begin()
             for batch in batches:
                 self.agree_on("a batch of an evaluation")
-                staged, count = self._staged(batch)
+                staged, count = self.batches.staged(batch, self.num_samples)
                 tokens += count
-                total += self._sum(self.captured_step.beside(partial(self._forwards, staged))).item()
+                total += self.captured_step.beside(partial(self.passes.forwards, staged)).item()
             self.agree_on("the end of an evaluation")
             self.gatherer.end()
         if self.writes.is_on:  # now, since writes into parameters without values show when these are gathered
@@ -232,35 +227,6 @@ class Engine(EngineState):
         """True from the first step on after which scales are known, with `train.precision="fp8"`."""
         return self.scaling is not None and self.scaling.state.is_known
 
-    def _forwards_and_backwards(
-        self, microbatches: Sequence[Microbatch], mark: Callable[..., None], *, records: bool = False
-    ) -> Tensor:
-        """Return the loss summed over ranks, and leave the gradients of all microbatches, summed over ranks, in chunks.
-
-        `mark` is called with each phase that begins. `records`: the scales of later steps depend on this one.
-        """
-        plan = self._plan(len(microbatches), trains=True)
-        self.gradients.begin(len(microbatches), is_in_order=plan.begins_in_order)
-        self.gatherer.begin()
-        runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred, mark=mark)
-        with self._casting(records=records):
-            total = runner.run(plan)
-        mark("reduce")
-        total = self._sum(total)
-        self.gatherer.end()
-        self.gradients.finish()
-        return total
-
-    def _forwards(self, staged: StagedBatch) -> Tensor:
-        """Return the loss of this rank's part of an evaluation."""
-        microbatches = staged.on(self.mesh.device).microbatches
-        runner = Runner(self.part, self.pipe, microbatches, weight_gradients=self.gradients.deferred)
-        return runner.run(self._plan(len(microbatches), trains=False))
-
-    def _casting(self, *, records: bool) -> AbstractContextManager[None]:
-        """Return a context in which weights are cast to 8 bits once, and `records` maxima, where linears do so."""
-        return nullcontext() if self.scaling is None else self.scaling.casting(records=records)
-
     def _origin(self, staged: StagedBatch) -> str:
         """Run a step again that has updated nothing, and return where its first number was that is not finite."""
         self.captured_step.drop()  # its memory is needed
@@ -271,7 +237,7 @@ class Engine(EngineState):
             if isinstance(detail, Action):
                 first.stage, first.microbatch = detail.stage, detail.microbatch
 
-        run = partial(self._forwards_and_backwards, staged.on(self.mesh.device).microbatches, mark)
+        run = partial(self.passes.forwards_and_backwards, staged.on(self.mesh.device).microbatches, mark)
         return origin_of(
             run, first, chunks=self.chunks, gradients=self.gradients, mesh=self.mesh, compiles=self.config.train.compile
         )
@@ -297,61 +263,3 @@ class Engine(EngineState):
         self.writes.take_replaced()
         norm, num_written = norm_and_sum(self.chunks, self.mesh.world, self.writes.changed())
         return norm, HostCopy(num_written)
-
-    def _staged(self, batch: Mapping[str, Tensor]) -> Staged:
-        """Return the batch, staged for this rank's device, and the number of counted labels of all replicas.
-
-        That number is known before the first forward, so that sums are divided once, by the global count. Raises
-        DataError on every rank where one replica cannot use its batch.
-        """
-        size = self.config.train.micro_batch_size
-        counts = self.context.shares.counts(batch)
-        problem = batch_problem(batch, size, self.part.interface.limits) or (UNKNOWN if counts is None else None)
-        batch = {} if problem else as_int64(given(batch))
-        staged = None if problem else StagedBatch.of(self._samples(batch, counts=bool(counts)), size, self.mesh.device)
-        labels = torch.empty(0) if staged is None else staged.whole.labels
-        own = 0 if problem else len(batch["input_ids"])
-        # These are on the host, so that no GPU is waited for.
-        sums = torch.tensor([num_counted(labels), problem is not None, own, own**2])
-        tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
-        if refused:
-            raise DataError(f"batch: {problem or 'that of another replica was refused.'}")
-        if total**2 != self.data.size * squares:  # equal only where all numbers of samples are
-            raise DataError(
-                f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
-            )
-        assert staged is not None
-        scale = self.loss_scale.scale / max(1, tokens)
-        return staged.scaled(scale), tokens
-
-    def _samples(self, batch: Mapping[str, Tensor], *, counts: bool) -> Microbatch:
-        """Return all samples of a batch that can be used, on the host, with labels that are not shifted."""
-        ids, labels = batch["input_ids"], labels_of(batch)
-        labels = labels if counts else torch.full_like(labels, IGNORED)  # a sample that an empty replica repeats
-        first = self.num_samples + self.data.rank * len(ids)
-        samples = batch.get("sample_ids", torch.arange(first, first + len(ids)))
-        mask = batch.get("attention_mask")
-        if mask is not None and bool(mask.all()):  # it masks nothing, and kernels without a mask are faster
-            mask = None
-        documents = Documents.of(batch["document_ids"]) if "document_ids" in batch else None
-        if documents is not None and documents.is_one_per_sample:  # they hide nothing
-            documents = None
-        return Microbatch(ids, labels, samples, mask, position_ids=batch.get("position_ids"), documents=documents)
-
-    def _sum(self, total: Tensor) -> Tensor:
-        """Return the loss summed over every rank whose part of it is counted, the same on all ranks."""
-        return all_reduce(total if self.part.interface.is_counted else torch.zeros_like(total), self.mesh.world)
-
-    def _plan(self, num_microbatches: int, *, trains: bool) -> Plan:
-        """Return the plan of a training step, or of an evaluation. Each is made and validated once."""
-        key = trains, num_microbatches
-        if key not in self._plans:
-            pipeline = self.config.parallel.pipeline
-            recomputes = self.config.train.activation_checkpointing != "none"
-            if trains:
-                plan = plan_of(pipeline, num_microbatches, recomputes=recomputes)
-            else:
-                plan = evaluation_plan_of(pipeline, num_microbatches)
-            validate(plan)
-            self._plans[key] = plan
-        return self._plans[key]
