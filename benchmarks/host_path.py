@@ -54,7 +54,7 @@ PARTS: dict[str, tuple[Any, str]] = {
 class EmptyGraph:
     """A graph of nothing: what it would compute is computed once."""
 
-    num_bytes = 0
+    num_bytes, draws = 0, False
 
     def capture(self, function: Callable[[], Any]) -> Any:
         return function()

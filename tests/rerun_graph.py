@@ -1,10 +1,10 @@
 """A graph for tests on a CPU: it does what a CUDA graph does, with the operations that torch dispatches.
 
 A capture calls the function and records each operation, with its tensors. It "computes nothing": what existed before is
-put back, and what was made is filled with garbage, as it is once more when the graph is dropped, except what is used
-still. A replay does the recorded operations again, on the same tensors and into the same memory, and calls no Python
-but torch's. As a CUDA graph, it does not read numbers that come from the host again, and a capture refuses work that
-waits for the device.
+put back, the state of torch's generator too, and what was made is filled with garbage, as it is once more when the
+graph is dropped, except what is used still. A replay does the recorded operations again, on the same tensors and into
+the same memory, and calls no Python but torch's. As a CUDA graph, it does not read numbers that come from the host
+again, and a capture refuses work that waits for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,19 +28,20 @@ class RerunGraph:
     is_capturing: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self.num_bytes, self.replays = 0, 0
+        self.num_bytes, self.replays, self.draws = 0, 0, False
         self.memory: list[Tensor] = []
         self.outside: dict[int, Tensor] = {}  # what it reads or writes that it has not made, by address
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
     def capture(self, function: Callable[[], T]) -> T:
-        recorder = _Recorder(self)
+        recorder, state = _Recorder(self), torch.get_rng_state()
         RerunGraph.is_capturing = True
         try:
             with recorder:
                 found = function()
         finally:
             RerunGraph.is_capturing = False
+            torch.set_rng_state(state)
         with torch.no_grad():
             recorder.undo()
         self.memory = list(recorder.made.values())
@@ -48,11 +49,13 @@ class RerunGraph:
 
     def replay(self) -> None:
         self.replays += 1
+        state = torch.get_rng_state()
         with torch.no_grad():
             for function, args, kwargs, made in self.operations:
                 again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, Tensor)]
                 for old, new in zip(made, again, strict=True) if made else ():
                     _bytes(old).copy_(_bytes(new))
+        self.draws = not torch.equal(torch.get_rng_state(), state)
 
     def beside(self) -> AbstractContextManager[object]:
         return nullcontext()

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from parallel.ops.captured import CALLS_BEFORE, Captured, raising_the_first_error
+from parallel.ops.captured import CALLS_BEFORE, Captured, CudaGraph, raising_the_first_error
 from tests.rerun_graph import RerunGraph
 
 
@@ -32,6 +32,38 @@ def test_each_call_does_its_work_once(waits: bool, caplog: pytest.LogCaptureFixt
         assert total.item() == number + 1
     assert [graph.replays for graph in graphs] == [0 if waits else 3]
     assert len([record for record in caplog.records if "additions are not captured" in record.message]) == waits
+
+
+def test_work_beside_a_graph_is_between_what_comes_before_the_graph_and_what_comes_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is so also where an error ends it, and nobody waits for its result. These streams note what they are given."""
+    given = list[str]()
+
+    class Stream:
+        device_index = 0
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: str) -> None:
+            given.append(f"{self.name} waits for {event}")
+
+        def wait_stream(self, other: "Stream") -> None:
+            given.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def stream(current: Stream) -> Iterator[None]:
+        given.append(f"in {current.name}")
+        yield
+
+    monkeypatch.setattr("torch.cuda.stream", stream)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream("main"))
+    graph = CudaGraph.__new__(CudaGraph)
+    vars(graph).update(_device=torch.device("cuda"), _stream=Stream("side"), _before="the start of the graph")
+    with suppress(KeyboardInterrupt), graph.beside():
+        raise KeyboardInterrupt
+    assert given == ["side waits for the start of the graph", "in side", "main waits for side"]
 
 
 @contextmanager

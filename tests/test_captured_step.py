@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from parallel.engine.replica_batches import ReplicaBatches
 from parallel.engine.step_code import StepCode
 from parallel.errors import ModelError
 from parallel.modules.parameters import OriginalParameters
-from parallel.ops.captured import CALLS_BEFORE, graphs_of, is_capturing
+from parallel.ops.captured import CALLS_BEFORE, CudaGraph, graphs_of, is_capturing
 from parallel.placement.memory_report import MemoryUse
 from parallel.tensor.residual import Addend, output_of
 from tests.rerun_graph import RerunGraph
@@ -501,6 +502,155 @@ def test_what_is_found_after_a_graph_was_launched_has_its_work_done_again(precis
     assert [graph.replays for graph in made] == [12 - num_usual + 3]
 
 
+def test_what_was_launched_for_a_step_that_was_refused_is_not_that_of_a_later_one(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes before the later one came after the graph: work beside it would not see them."""
+    engine, seen = engine_of(), list[str]()
+    train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 1)])
+    parameter = engine.chunks[0].infos[0].parameter
+    parameter.requires_grad_(False)
+    with pytest.raises(ModelError, match="requires_grad"):
+        engine.train_step(batch_of(4))
+    assert made[0].replays == 2
+    parameter.requires_grad_(True)
+
+    def beside(graph: RerunGraph) -> AbstractContextManager[object]:
+        seen.append("beside")
+        return nullcontext()
+
+    monkeypatch.setattr(RerunGraph, "beside", beside)
+    engine.train_step(batch_of(5, samples=2))
+    assert not seen
+    engine.train_step(batch_of(6))
+    engine.train_step(batch_of(7))
+    assert seen == ["beside"]
+
+
+class _Counting(nn.Module):
+    """A layer with a buffer that each forward writes."""
+
+    count: Tensor
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("count", torch.zeros((), device=next(layer.parameters()).device))
+
+    def forward(self, *inputs: Any) -> Any:
+        self.count += 1
+        return self.layer(*inputs) * (1 + self.count / 64)
+
+
+class _Random(nn.Module):
+    """A layer that draws from torch's generator."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Any) -> Any:
+        return nn.functional.dropout(self.layer(*inputs), 0.1)
+
+
+class _Merging(Block):
+    """A block whose weights are others in evaluation mode, as those of an adapter that is merged may be."""
+
+    def train(self, mode: bool = True) -> "_Merging":
+        if mode is not self.training:
+            next(self.parameters()).data.mul_(0.5 if mode else 2.0)
+        return super().train(mode)
+
+
+def with_layer(engine: parallel.Engine, layer: Callable[[nn.Module], nn.Module]) -> parallel.Engine:
+    """Return the engine, whose first block is within this layer."""
+    first, block, *others = engine.part.stages[0]
+    engine.part.stages[0] = (first, layer(block), *others)
+    return engine
+
+
+@pytest.mark.parametrize("layer", [_Counting, pytest.param(_Random, marks=SLOW)])
+def test_a_graph_that_does_more_than_compute_is_not_launched_in_vain(
+    layer: Callable[[nn.Module], nn.Module], made: Made
+) -> None:
+    """A second replay would count twice: in a buffer, and in the state of torch's generator."""
+    results = []
+    for captures in (False, True):
+        torch.manual_seed(0)
+        engine = with_layer(engine_of(captures=captures), layer)
+        parameter = engine.chunks[0].infos[0].parameter
+        results.append(train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 3)]))
+        parameter.data = 1.5 * parameter.data
+        results[-1] += train(engine, [batch_of(6), batch_of(7)])
+    assert results[0] == results[1]
+    assert [graph.replays for graph in made] == [5]
+
+
+@SLOW
+def test_new_memory_of_a_buffer_counts_from_the_next_step_on(made: Made) -> None:
+    """A graph reads the old memory, which stays until the host has looked: the graph may have been launched by then."""
+    results = []
+    for captures in (False, True):
+        engine = with_layer(engine_of(captures=captures), _Counting)
+        layer = engine.part.stages[0][1]
+        assert isinstance(layer, _Counting)
+        results.append(train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 3)]))
+        storage = StorageWeakRef(layer.count.untyped_storage())
+        layer.count.data = layer.count.data + 30
+        if captures:
+            made[0].forget()
+            assert not storage.expired()
+        results[-1] += train(engine, [batch_of(6), batch_of(7)])
+    assert results[0] == results[1]
+
+
+@SLOW
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_layer_that_is_another_one_in_evaluation_mode_is_in_training_mode_in_each_step(
+    whole: bool, made: Made
+) -> None:
+    results = []
+    for captures in (False, True):
+        engine = engine_of(captures=captures)
+        blocks_of(engine)[0].__class__ = _Merging
+        results.append(train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 3)]))
+        (engine if whole else blocks_of(engine)[0]).eval()
+        results[-1] += train(engine, [batch_of(6), batch_of(7)])
+    assert results[0] == results[1]
+
+
+@SLOW
+def test_a_step_with_two_mistakes_has_the_same_error_whether_it_is_replayed_or_not(made: Made) -> None:
+    engine = engine_of()
+    train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 2)])
+    engine.chunks[0].infos[0].parameter.requires_grad_(False)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="requires_grad"):
+            engine.train_step({"input_ids": torch.tensor([[1]])})
+
+
+@pytest.mark.parametrize("fails", ["early", pytest.param("late", marks=SLOW)])
+def test_the_seconds_of_a_step_that_fails_are_those_of_no_later_one(
+    fails: str, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph may set the marks anew that such a step has left, and a phase would be negative."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    engine = engine_of()
+    train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 2)])
+    if fails == "early":
+        engine.chunks[0].infos[0].parameter.requires_grad_(False)
+
+    def meanwhile() -> None:
+        raise OSError
+
+    with pytest.raises(ModelError if fails == "early" else OSError):
+        engine.train_step(batch_of(5), meanwhile=meanwhile)
+    now[0] += 1000
+    engine.chunks[0].infos[0].parameter.requires_grad_(True)
+    assert not any(engine.train_step(batch_of(6, samples=2)).phases.values())
+
+
 def test_a_setting_of_torch_is_in_the_key_and_a_mode_prevents_replays() -> None:
     code = engine_of().captured_step.code
     usual = code.key()
@@ -720,6 +870,47 @@ def test_a_checkpoint_and_a_step_that_is_left_out_between_replays_of_a_gpu(tmp_p
     assert has_graph(captured), captured.captured_step.problem
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0.0)
     assert distance(usual, captured) < 1e-5
+
+
+@SLOW
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_work_beside_a_graph_of_a_gpu_sees_no_write_after_it() -> None:
+    """It begins before the graph has ended, and reads late; nobody waits for it on the host."""
+    device = torch.device("cuda")
+    x, seen, y = (torch.zeros(2**20, device=device) for _ in range(3))
+    graph = CudaGraph(device)
+    graph.capture(lambda: [y.add_(1) for _ in range(1000)])
+    torch.cuda.synchronize()
+    x.fill_(1)
+    graph.replay()
+    with graph.beside():
+        torch.cuda._sleep(10**8)
+        seen.copy_(x)
+    x.fill_(2)
+    assert seen.unique().tolist() == [1]
+    assert y.unique().tolist() == [1000]
+    assert not graph.draws
+
+
+@SLOW
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("layer", [_Counting, _Random])
+def test_a_graph_of_a_gpu_that_does_more_than_compute_is_not_launched_in_vain(
+    layer: Callable[[nn.Module], nn.Module],
+) -> None:
+    states = []
+    for captures in (False, True):
+        torch.manual_seed(0)
+        engine = with_layer(engine_of(captures=captures), layer)
+        train(engine, [batch_of(number) for number in range(CALLS_BEFORE + 3)])
+        assert has_graph(engine) is captures, engine.captured_step.problem
+        parameter = engine.chunks[0].infos[0].parameter
+        parameter.data = 1.5 * parameter.data
+        train(engine, [batch_of(6), batch_of(7)])
+        states.append((torch.cuda.get_rng_state().tolist(), [x.tolist() for x in engine.part.stages[0][1].buffers()]))
+    assert states[0] == states[1]
 
 
 @SLOW

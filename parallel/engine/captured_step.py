@@ -43,6 +43,7 @@ class CapturedWork:
     loss          fp64 [], the loss summed over ranks
     results       of the chunks' gradients, whose memory the graph writes anew
     marks         the times at which phases begin
+    writes_more   True if it writes into an attribute of a module, such as a buffer that counts
     num_replays   of the graph so far
     """
 
@@ -51,7 +52,13 @@ class CapturedWork:
     loss: Tensor
     results: Sequence[FinishedSum]
     marks: Sequence[Mark]
+    writes_more: bool
     num_replays: int = 0
+
+    @property
+    def may_be_in_vain(self) -> bool:
+        """True if a replay that counts for nothing changes nothing, neither a module nor torch's generator."""
+        return not (self.writes_more or self.graph.draws)
 
     def launch(self, batch: StagedBatch) -> None:
         """Launch the work for this batch, which is on the host."""
@@ -73,7 +80,8 @@ class CapturedStep:
     **Early.** Whether a step may be replayed is known when modules, hooks and settings have been looked at, which takes
     the host milliseconds. So `start_early` launches the graph of the last step as soon as a batch is there, and the
     host looks while the device computes. Where the step turns out to be another one, nothing has happened: a replay
-    writes its own memory alone, and the next one, or a step that runs as usual, begins anew.
+    writes its own memory alone, and the next one, or a step that runs as usual, begins anew. A graph that does more is
+    never launched early: that of a module which counts its forwards, or draws random numbers.
 
     **State.** A replay calls nothing in Python. These objects change in a step, and are afterwards what they are after
     any other:
@@ -108,8 +116,10 @@ class CapturedStep:
 
     @property
     def may_start_early(self) -> bool:
-        """True if the last step was replayed, and nobody looks on."""
-        return self._captured is not None and self._was_replayed and not self._is_observed
+        """True if the last step was replayed, may be replayed in vain, and nobody looks on."""
+        if self._captured is None or not self._captured[1].may_be_in_vain:
+            return False
+        return self._was_replayed and not self._is_observed
 
     def start_early(self, batch: StagedBatch, *settings: object) -> None:
         """Launch the graph for the batch of the next call, where it is of the same form, and `may_start_early`."""
@@ -119,7 +129,7 @@ class CapturedStep:
             self._early = batch
 
     def discard_early(self) -> None:
-        """Let the next call do without what has been started early: parameters have other values now."""
+        """Let the next call do without what has been started early: it was for another step, or for other values."""
         self._early = None
 
     def beside_early(self) -> AbstractContextManager[object]:
@@ -185,7 +195,7 @@ class CapturedStep:
         if not is_launched:
             work.launch(batch)
         self._was_replayed = True
-        if work.num_replays == REPLAYS_THAT_PAY:
+        if work.num_replays >= REPLAYS_THAT_PAY:
             self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.
         self.stopwatch.take(work.marks)
@@ -197,6 +207,7 @@ class CapturedStep:
         """Return the captured work; None where it could not be captured, or leaves too little memory: then none is."""
         static = batch.on(self._device, copied=True)
         marks: list[Mark] = []
+        versions = self.code.versions()
 
         def mark(phase: Phase, detail: object = "") -> None:
             marks.append(self.stopwatch.mark_in_graph(phase))
@@ -212,7 +223,8 @@ class CapturedStep:
             graph.drop()
             self._give_up(f"beside a graph of {size / 2**30:.1f} GiB not as much is free for other work")
             return None
-        return CapturedWork(graph, static, loss, self.gradients.finished(), marks)
+        writes_more = self.code.versions() != versions
+        return CapturedWork(graph, static, loss, self.gradients.finished(), marks, writes_more)
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem

@@ -115,13 +115,17 @@ class Engine(EngineState):
         NonFiniteError on every rank for a loss or a norm that is not finite, as `train.nonfinite` says: then the step
         has been run a second time, without an update, to name the rank, the layer and the microbatch where that began.
         """
-        with self.memory_guard.explained(lambda: self.stopwatch.phase):
-            early = self._start_early(batch)
-        frozen = problem_of_frozen(self.part.infos) if self.writes.is_on else ""
-        self.agree_on(f"a train step with {self.hyperparameters}", frozen)
-        self.saver.check()
-        with self.memory_guard.explained(lambda: self.stopwatch.phase):
-            result = self._train_step(batch, early, meanwhile)
+        try:
+            with self.memory_guard.explained(lambda: self.stopwatch.phase):
+                early = self._start_early(batch)
+            frozen = problem_of_frozen(self.part.infos) if self.writes.is_on else ""
+            self.agree_on(f"a train step with {self.hyperparameters}", frozen)
+            self.saver.check()
+            with self.memory_guard.explained(lambda: self.stopwatch.phase):
+                result = self._train_step(batch, early, meanwhile)
+        except BaseException:
+            self.stopwatch.forget()
+            raise
         self.memory_guard.after_step(self.num_steps)
         return result
 
@@ -129,10 +133,14 @@ class Engine(EngineState):
         """Launch a graph for this batch where there is one, before it is known what may prevent it: the host finds that
         out while the device computes. Return the batch then, and the number of its labels.
         """
-        if not self.captured_step.may_start_early:
+        self.captured_step.discard_early()  # of a step that has failed
+        if not (self.captured_step.may_start_early and self.part.training):
             return None
         self.stopwatch.mark("data")
-        staged, tokens = self.batches.staged(batch, self.num_samples)
+        try:
+            staged, tokens = self.batches.staged(batch, self.num_samples)
+        except DataError:  # it is raised again, unless another error is found before
+            return None
         self.captured_step.start_early(staged, self._multiplies_in_8_bits)
         return staged, tokens
 
@@ -143,6 +151,8 @@ class Engine(EngineState):
             self.stopwatch.mark("data")
         # With ZeRO 3 writes show when parameters are gathered, on some ranks of a pipeline perhaps, and not on others.
         written = self._start_check() if self.config.zero.stage < 3 else None
+        if early is not None and not all(module.training for module in self.part.modules()):
+            self.captured_step.discard_early()  # a module's `train` may write its weights, as where adapters are merged
         self.part.train()
         staged, tokens = self.batches.staged(batch, self.num_samples) if early is None else early
         if not tokens:

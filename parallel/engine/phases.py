@@ -84,6 +84,11 @@ class Stopwatch:
                 found[phase] += self._clock.seconds(start, self._marks[0][1])
         return found
 
+    def forget(self) -> None:
+        """Count no time since the last reading: that of a step that has failed, and until the next mark."""
+        self._end_range()
+        self._marks.clear()
+
     @contextmanager
     def recording(self) -> Iterator[list[Mark]]:
         """Record the marks of a `with` statement's body: the list has each, with its detail and the device's time."""

@@ -5,6 +5,7 @@ from itertools import chain
 from operator import attrgetter, is_
 
 import torch
+from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from parallel.chunk.chunk import Chunk
@@ -19,7 +20,8 @@ class StepCode:
 
     The engine has one hook of its own: of the part, before its forward. And each parameter has one, in which its
     gradient arrives. All other hooks are somebody's, and so is a function that takes the place of a class's method. An
-    attribute of a module is compared by identity: it may be a number, a module, a tensor that a graph reads.
+    attribute of a module is compared by identity: it may be a number, a module, a tensor that a graph reads. Such a
+    tensor's memory is kept until its place has been compared, since a graph may be launched before that.
 
     Modules and parameters are not looked at in a program in which nobody but the engine writes (`Writes.stop`): a host
     that has waited for a loss should launch the next step soon.
@@ -47,10 +49,14 @@ class StepCode:
             return None
         return *_settings_of_torch(), *places, self._version
 
+    def versions(self) -> list[int]:
+        """Return how often torch has written into each tensor that is an attribute of a module, besides parameters."""
+        return [x._version for x in self._tensors if not x.is_inference()]
+
     def _follow_modules(self) -> None:
         """Count a new version where an attribute of a module, or of its lists and dicts, is another object now."""
         now, before = self._objects_now(), self._objects
-        if len(now) != len(before) or not all(map(is_, now, before)):
+        if len(now) != len(before) or not all(map(is_, now, before)) or _places_of(self._tensors) != self._places:
             self._note_modules()
             self._version += 1
 
@@ -64,6 +70,8 @@ class StepCode:
         dicts = named + [x for _, x in pairs if isinstance(x, dict)]
         self._containers = [*map(dict.values, dicts), *(x for _, x in pairs if isinstance(x, list))]
         self._objects = self._objects_now()
+        self._tensors = [x for x in self._objects if type(x) is Tensor and torch._C._has_storage(x)]
+        self._places, self._kept = _places_of(self._tensors), [x.untyped_storage() for x in self._tensors]
         self._has_patched = any(
             callable(getattr(type(module), name, None)) for module in modules for name in vars(module)
         )
@@ -85,6 +93,10 @@ class StepCode:
             or any(map(attrgetter("_backward_hooks"), self._parameters))
             or any(len(x._post_accumulate_grad_hooks or ()) > 1 for x in self._parameters)
         )
+
+
+def _places_of(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
 
 
 def _methods_of(cls: type) -> list[object]:

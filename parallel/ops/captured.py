@@ -24,10 +24,12 @@ class Graph(Protocol):
 
     A graph has the addresses of tensors and the numbers that kernels were launched with, and nothing else. Whatever it
     reads or writes must stay where it is, or be made in it. `num_bytes` is the memory that the graph keeps for tensors
-    that are made in it; no other work uses that memory until `drop`.
+    that are made in it; no other work uses that memory until `drop`. `draws`: the last replay has drawn random numbers
+    from torch's generator, whose state has moved on.
     """
 
     num_bytes: int
+    draws: bool
 
     def capture(self, function: Callable[[], T]) -> T:
         """Call the function, whose work the device records and does not do, and return what it returns.
@@ -41,7 +43,7 @@ class Graph(Protocol):
 
     def beside(self) -> AbstractContextManager[object]:
         """Return a context in which the device is given work that it does beside the last replay, behind what came
-        before that. Whoever launches work that writes what this work reads waits for it first.
+        before that. Work that it is given after the context comes behind both.
         """
 
     def drop(self) -> None:
@@ -52,7 +54,7 @@ class CudaGraph:
     """A CUDA graph of a device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._graph, self._device, self.num_bytes = torch.cuda.CUDAGraph(), device, 0
+        self._graph, self._device, self.num_bytes, self.draws = torch.cuda.CUDAGraph(), device, 0, False
         self._before, self._stream = torch.cuda.Event(), torch.cuda.Stream(device)
 
     def capture(self, function: Callable[[], T]) -> T:
@@ -76,12 +78,22 @@ class CudaGraph:
         return found
 
     def replay(self) -> None:
-        self._before.record()
+        stream = torch.cuda.current_stream(self._device)
+        generator = torch.cuda.default_generators[stream.device_index]
+        self._before.record(stream)
+        before = generator.get_offset()
         self._graph.replay()
+        self.draws = generator.get_offset() != before
 
-    def beside(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_event(self._before)
-        return torch.cuda.stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # what the block has read may be written or freed from here on, also after an error
+            current.wait_stream(self._stream)
 
     def drop(self) -> None:
         torch.cuda.synchronize(self._device)
