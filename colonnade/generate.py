@@ -184,11 +184,11 @@ def _check_out(out: Path) -> None:
     from parallel.errors import DataError
 
     problem = ""
-    if out.is_dir():
+    if os.path.isdir(out):
         problem = f"it is a folder. Try {out / 'texts.jsonl'}"
-    elif not out.parent.is_dir():
+    elif not os.path.isdir(out.parent):
         problem = f"there is no folder {out.parent}. Make it first"
-    elif not os.access(out if out.exists() else out.parent, os.W_OK):
+    elif not os.access(out if os.path.exists(out) else out.parent, os.W_OK):
         problem = "permission denied. Try another folder"
     if problem:
         raise DataError(f"--out: cannot write {out}: {problem}.")

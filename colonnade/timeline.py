@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the timeline and return the exit code. Raises argparse.ArgumentError for options that do not fit."""
-    suffix = Path(arguments.out).suffix
+    suffix = Path(arguments.out).suffix.lower()
     if suffix not in KINDS:
         raise argparse.ArgumentError(None, f"--out: {arguments.out!r} ends in neither .svg nor .csv. Try timeline.svg")
     if suffix == ".csv" and arguments.measured is not None:
@@ -77,5 +77,7 @@ def _write(arguments: argparse.Namespace) -> None:
     if world_size is None:
         world_size = read_config(config_file, arguments.set, None).parallel.model_size
     preview = preview_of(read_config(config_file, arguments.set, world_size), world_size)
-    write(schedule_csv(preview) if target.suffix == ".csv" else picture(preview, measured, run or Path()), target)
+    write(
+        schedule_csv(preview) if target.suffix.lower() == ".csv" else picture(preview, measured, run or Path()), target
+    )
     print(f"written: {target}")

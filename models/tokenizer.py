@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from models.tokenizer_files import TokenizerFiles, tokenizer_file
 from models.windows import WindowEncoder
 from parallel.errors import DataError
+from parallel.regular_file import is_missing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,7 +143,7 @@ class FileTokenizer:
     """A tokenizer.json, run by the `tokenizers` library, with the files beside it."""
 
     def __init__(self, file: Path) -> None:
-        if not os.path.lexists(file):
+        if is_missing(file):
             raise DataError(
                 f"data.tokenizer: {file} does not exist. Name a tokenizer.json or a folder with one "
                 "(save_pretrained of a fast Hugging Face tokenizer writes it), or 'bpe', or 'bytes'."

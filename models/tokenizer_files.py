@@ -43,7 +43,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 def tokenizer_file(spec: str) -> Path:
     """Return the tokenizer.json that `data.tokenizer` names: that of "bpe", the file itself, or the one in a folder."""
     path = BUILT_IN_BPE if spec == "bpe" else Path(spec)
-    return path / TOKENIZER if path.is_dir() else path
+    return path / TOKENIZER if os.path.isdir(path) else path
 
 
 class TokenizerFiles:

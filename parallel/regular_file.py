@@ -37,6 +37,27 @@ KINDS = {
 }
 
 
+def is_missing(file: Path) -> bool:
+    """Return whether nothing has this name. False where a folder cannot be entered: to read the file says why."""
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def check_entered(folder: Path, error: MakeError) -> None:
+    """Raise `error` where a folder may not be entered, so that nobody knows what is in it. It may be missing."""
+    try:
+        os.stat(os.path.join(folder, os.curdir))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as cause:
+        raise error(f"cannot read {_name(folder)}: {cause.strerror}.") from cause
+
+
 def check_regular(file: Path, error: MakeError, *, links: bool = False) -> None:
     """Raise `error` unless this is a regular file, or, where `links` are allowed, a link to one. It is not opened."""
     with _naming(file, error):

@@ -3730,6 +3730,14 @@ LAUNCHED_LATER = (
         f"{LAUNCHED_TESTS}::test_the_times_of_an_update_are_those_of_all_its_parts",
     ),
     Mutant(
+        "check-leaves-out-the-disk",
+        "a check says nothing of a folder for states that cannot be written",
+        "training/preflight.py",
+        "        partial(check_nvme_dir, config),\n",
+        "",
+        "tests/test_launch.py::test_a_check_says_which_folders_of_a_config_cannot_be_written",
+    ),
+    Mutant(
         "update-waits-for-the-forward",
         "an update that is launched beside a forward waits for it",
         "parallel/optim/shared_update.py",

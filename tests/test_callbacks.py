@@ -243,6 +243,7 @@ def test_callbacks_that_cannot_be_found_are_refused_all_at_once_before_anything_
     for problem, (text, words) in zip(caught.value.problems, REFUSED.items(), strict=True):
         assert problem.startswith("output.callbacks: ")
         assert words in problem, text
+        assert problem.count("output.callbacks") == 1, "a refusal was quoted in another one"
     assert not (folder / "run").exists()
 
 

@@ -377,7 +377,7 @@ def test_a_folder_that_cannot_be_used_is_refused_on_every_rank(tmp_path: Path) -
     raw, file = raw_of("pp2", "cpu", 0), tmp_path / "file"
     file.touch()
     for message in run(refused, 2, on_disk(raw, file, host=2**20)):
-        assert message.startswith(f"zero.nvme_dir: cannot write in {file}: it is a file. Try a folder")
+        assert message.startswith(f"zero.nvme_dir: {file}: {file} is not a folder. Try a folder of your own")
     for message in run(refused, 2, on_disk(raw, tmp_path, host=budget_of("pp2", 0, 0)), "full"):
         assert "has 0.00 MiB free, and the optimizer states of its 2 ranks need 0." in message
     filling = on_disk(raw_of("single", "cpu", 0), tmp_path, host=budget_of("single", 0))

@@ -1,5 +1,6 @@
 """The command line: its arguments, refusals and exit codes, and whole runs that it starts."""
 
+import errno
 import json
 import os
 import re
@@ -9,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from models.generation.job import Request, continued
 from models.generation.sampling import Sampling
 from models.generation.text_generator import Options
 from parallel.config import load_raw, parse
+from parallel.engine.context import Place
 from parallel.engine.device import choose_device
 from parallel.engine.stop_signals import STOP_SIGNALS, StopSignals
 from parallel.errors import ColonnadeError, ConfigError, DiskFullError, NoRoomError, RoomError, StorageError
@@ -29,6 +32,8 @@ from parallel.mesh.topology import Topology
 from parallel.watch.terminal import print_line
 from tests.patience import LIMIT, patient, session, wait_until
 from training import spawn
+from training.config import read_config
+from training.preflight import prepare
 from training.rank_grid import cell_caption, cell_of, columns_shown
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +184,69 @@ def test_a_check_says_which_folder_a_run_would_refuse(
         assert f"on this machine the run would be refused: output.dir: {folder}: " in shown
     assert call("--check", "--set", "output.dir=runs/new") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [
+        ("file", "{0}: {0} is not a folder."),
+        ("file/states", "{0}: {1}/file is not a folder."),
+        ("link", "{0}: {0} is a link to nowhere, which does not exist."),
+        ("loop", "cannot write in {0}: Too many levels of symbolic links."),
+        ("locked/states", "cannot write in {0}: Permission denied."),
+    ],
+)
+def test_a_check_says_which_folders_of_a_config_cannot_be_written(
+    folder: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A check found nothing wrong with `zero.nvme_dir`, and the run was refused; a folder that may not be entered ended
+    both with a traceback.
+    """
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    lock(tmp_path / "locked", monkeypatch)
+    path = tmp_path / folder
+    keys = {"zero.nvme_dir": "Try a folder of your own on a local disk", "output.dir": "Try another output.dir."}
+    before = sorted(tmp_path.iterdir())
+    for key, advice in keys.items():
+        sets = [f"{key}={path}", *(["zero.tensor_placement_policy=cpu"] if key == "zero.nvme_dir" else [])]
+        assert call("--check", "--set", f"output.dir={tmp_path}/run", *sets) == 0
+        refusal = f"{key}: {problem.format(path, tmp_path)} {advice}"
+        assert "".join(f"on this machine the run would be refused: {refusal}".split()) in "".join(
+            capsys.readouterr().out.split()
+        )
+        with pytest.raises(ConfigError) as refused:
+            prepare(read_config(None, [f"output.dir={tmp_path}/run", *sets], 1), Place())
+        assert str(refused.value).startswith(refusal)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.tokenizer", "--resume"])
+def test_what_lies_in_a_folder_that_may_not_be_entered_is_refused_by_its_key(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model, a tokenizer or a checkpoint there ended a run, and its check, with a traceback."""
+    lock(tmp_path / "locked", monkeypatch)
+    path = f"{tmp_path}/locked/input"
+    assert call("--check", *([key, path] if key == "--resume" else ["--set", f"{key}={path}"])) == 2
+    assert re.match(rf"{re.escape(key)}: cannot read .*: Permission denied\.", capsys.readouterr().err)
+
+
+def lock(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make a folder that may not be entered, by any user."""
+    folder.mkdir(mode=0)
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(path, (str, Path)) and folder in Path(path).parents:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    for name in ("stat", "lstat", "open", "scandir", "listdir"):
+        patch.setattr(os, name, refusing(getattr(os, name)))
 
 
 @pytest.mark.parametrize("compiles", [False, True])

@@ -282,6 +282,12 @@ def test_another_number_of_ranks_or_microbatches_is_refused_with_what_works(
     assert message.format(good) in str(refused.value)
 
 
+def test_a_file_is_read_whose_name_ends_in_capitals(good: Path) -> None:
+    """plan.CSV was refused in an earlier version, as the name of no schedule."""
+    named = good.rename(good.with_suffix(".CSV"))
+    assert config_of(named).parallel.pipeline.stages == ((0,), (1,))
+
+
 def test_a_file_that_cannot_be_read_is_refused_by_its_key(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     os.mkfifo(tmp_path / "pipe.csv")
@@ -289,6 +295,8 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_key(tmp_path: Path) -> Non
         file.truncate(MOST_BYTES + 1)
     for name, words in (
         ("none.csv", "does not exist"),
+        ("none.CSV", "does not exist"),
+        ("none", "needs one of 'gpipe', '1f1b', 'interleaved', 'zero_bubble', 'zero_bubble_v', or a .csv file"),
         ("folder.csv", "is a folder, and not a regular file"),
         ("pipe.csv", "is a pipe, and not a regular file"),
         ("large.csv", "more than the 4.00 MiB that it may have"),

@@ -1,5 +1,6 @@
 """The config of a run, from a file and what the command line overrides. This module needs no torch."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def found_beside(folder: Path, text: str) -> str:
     name, colon, attribute = text.partition(":")
     for suffix in (".py", "/__init__.py"):
         file = Path(f"{name.replace('.', '/')}{suffix}")
-        if colon and not name.endswith(".py") and not file.exists() and (folder / file).exists():
+        if colon and not name.endswith(".py") and not os.path.exists(file) and os.path.exists(folder / file):
             return f"{(folder / file).resolve()}:{attribute}"
     return text
 

@@ -28,6 +28,7 @@ from parallel.errors import CheckpointError, ColonnadeError, ConfigError, DataEr
 from parallel.layout.finite import problem_of
 from parallel.layout.layout import Piece
 from parallel.mesh.mesh import ALONE
+from parallel.storage.folders import standing_folder
 from training.inputs import tokenizer_of
 
 T = TypeVar("T")
@@ -49,9 +50,7 @@ def find_saved_model(name: str) -> SavedModel:
 
 def check_target(target: Path, saved: SavedModel) -> None:
     """Raise ConfigError where an export cannot be written into this folder, or would replace other files."""
-    for blocked in (target, *target.parents):
-        if blocked.exists() and not blocked.is_dir():
-            raise ConfigError(f"--to: {target}: {blocked} is not a folder. Name another folder.")
+    standing_folder(target, lambda problem: ConfigError(f"--to: {problem} Name another folder."))
     if target.is_relative_to(saved.folder.resolve()):
         raise ConfigError(f"--to: {target} lies in the checkpoint, which is deleted one day. Name another folder.")
     if target.exists() and (other := not_exported(target)):

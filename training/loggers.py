@@ -11,6 +11,7 @@ from types import ModuleType
 
 from parallel.config import Config
 from parallel.errors import ConfigError, closest, shown
+from parallel.regular_file import check_regular
 from training.callbacks import Callback
 from training.tensorboard_logger import TensorBoardLogger
 from training.wandb_logger import WandbLogger
@@ -78,6 +79,8 @@ def _module_of(name: str) -> ModuleType:
             f"output.callbacks: there is no module {name} in {Path.cwd()}, beside the config, or among the installed"
             " packages. Try the path of its file: 'FILE.py:Class'."
         ) from error
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"output.callbacks: importing {name} failed: {type(error).__name__}: {shown(str(error))}."
@@ -86,8 +89,9 @@ def _module_of(name: str) -> ModuleType:
 
 def _module_of_file(file: Path) -> ModuleType:
     """Execute a file as a module, once in a process."""
-    if not file.is_file():
-        raise ConfigError(f"output.callbacks: {file} does not exist. Try the path of a Python file.")
+    check_regular(
+        file, lambda text: ConfigError(f"output.callbacks: {text} Try the path of a Python file."), links=True
+    )
     name = str(file.resolve())
     if name in sys.modules:
         return sys.modules[name]

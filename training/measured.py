@@ -1,5 +1,6 @@
 """A step of a run as it happened, read from the times of actions that `--profile` leaves."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -41,9 +42,9 @@ def read_measured(run: Path) -> Measured:
     The pipe is the one whose ranks have the coordinate 0 on every other axis.
     """
     folder = RunFolder(run, resumed=True)
-    if not run.is_dir():
+    if not os.path.isdir(run):
         raise ConfigError(f"{KEY}: {run} is no folder of a run. Try runs/NAME.")
-    if not folder.action_times(0).exists():
+    if not os.path.exists(folder.action_times(0)):
         raise ConfigError(
             f"{KEY}: {run} has no times of actions ({folder.action_times(0)}). Train it with --profile A:B: 10:13 times"
             " steps 10, 11 and 12."

@@ -20,6 +20,7 @@ from parallel.engine.device import check_precision, choose_device, device_type
 from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
 from parallel.ops.kernels.table import what_triton_lacks
+from parallel.storage import state_file
 from training.callbacks import Callback
 from training.config import override_messages
 from training.disk_room import check_disk, disk_messages
@@ -158,6 +159,7 @@ def prepare(
     job = Job(inputs, place, tokenizer_of(config), generation, profile, callbacks)
     check_disk(job.config, num_steps=RunPosition.before(inputs.found).steps)
     check_folder(job.config, job.resume_from)
+    check_nvme_dir(job.config)
     steps_to_trace(profile, taken=RunPosition.before(inputs.found).steps, steps=job.config.train.steps)
     return job
 
@@ -196,6 +198,7 @@ def problems_here(config: Config, place: Place, found: FoundCheckpoint | None) -
         partial(callbacks_of, config),
         partial(check_disk, config, num_steps=RunPosition.before(found).steps),
         partial(check_folder, config, None if found is None else found.index.folder),
+        partial(check_nvme_dir, config),
     )
     for check in checks:
         try:
@@ -218,6 +221,12 @@ def check_folder(config: Config, resume_from: Path | None) -> None:
     if folder.resumed:
         deque(read_metrics(folder.metrics), maxlen=0)  # its lines are read again when the run starts
     check_not_renamed(config, folder)
+
+
+def check_nvme_dir(config: Config) -> None:
+    """Raise ConfigError if the run cannot write in `zero.nvme_dir`. Nothing is changed."""
+    if config.zero.nvme_dir is not None:
+        state_file.check_folder(config.zero.nvme_dir)
 
 
 def modules_of_steps(config: Config) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -11,6 +10,7 @@ from pathlib import Path
 from parallel.config import Config
 from parallel.errors import ConfigError
 from parallel.regular_file import check_regular, with_key
+from parallel.storage.folders import check_writable, standing_folder
 from parallel.storage.no_room import naming
 from parallel.storage.replaced_file import replacing
 from training.run_lock import RunLock
@@ -65,9 +65,7 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raise ConfigError if the folder cannot be written or another run writes there. Nothing is changed."""
-        for blocked in (self.path, *self.path.absolute().parents):
-            if blocked.exists() and not blocked.is_dir():
-                raise ConfigError(f"output.dir: {self.path}: {blocked} is not a folder. Try another output.dir.")
+        standing_folder(self.path, _refusal)
         for file in self._written() if self.resumed else ():
             if os.path.lexists(file):
                 check_regular(file, with_key(ConfigError, "output.dir"))
@@ -75,15 +73,9 @@ class RunFolder:
             raise ConfigError(
                 f"output.dir: a run that has not ended writes in {self.path}. Stop it, or set another output.dir."
             )
-        standing = next(folder for folder in self.path.absolute().parents if folder.is_dir())
-        folders = [standing, self.path] if self.resumed else [standing]  # a folder is renamed in the one around it
-        for folder in folders:
-            try:
-                tempfile.TemporaryFile(dir=folder).close()
-            except OSError as error:
-                raise ConfigError(
-                    f"output.dir: cannot write in {folder}: {error.strerror}. Try another output.dir."
-                ) from error
+        check_writable(self.path.absolute().parent, _refusal)  # a folder is renamed in the one around it
+        if self.resumed:
+            check_writable(self.path, _refusal)
 
     def _written(self) -> Iterator[Path]:
         """Yield the files of the folder that a resumed run writes to, or replaces."""
@@ -112,3 +104,7 @@ class RunFolder:
         """Rename the folder to the first of NAME.1, NAME.2, ... that is free, and return that name."""
         names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
         return self.path.rename(next(name for name in names if not name.exists()))
+
+
+def _refusal(problem: str) -> ConfigError:
+    return ConfigError(f"output.dir: {problem} Try another output.dir.")

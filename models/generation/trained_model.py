@@ -33,7 +33,7 @@ from parallel.layout.finite import problem_of
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
 from parallel.pipeline.part import SetValues
-from parallel.regular_file import read_json
+from parallel.regular_file import check_entered, read_json
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -130,6 +130,7 @@ def find_trained_model(folder: Path, tokenizer: str | None = None) -> TrainedMod
 
 def _kind(folder: Path) -> str:
     """Return "model" for a Hugging Face directory, "run" for the folder of a run, else "checkpoint"."""
+    check_entered(folder, DataError)
     try:
         content = read_json(folder / "config.json", DataError, at_most=MOST_BYTES, links=True)
     except DataError:

@@ -33,7 +33,7 @@ from parallel.layout.layout import Piece
 from parallel.mesh.agreement import Agreement
 from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
-from parallel.regular_file import read_bytes
+from parallel.regular_file import check_entered, read_bytes, with_key
 from parallel.storage.replaced_file import replacing
 
 CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
@@ -222,6 +222,7 @@ def find_checkpoint(resume: str, option: str = "--resume") -> Path:
     checkpoints/best and checkpoints/latest. Of a run it is the newest one. Raises CheckpointError.
     """
     folder = Path(resume)
+    check_entered(folder, with_key(CheckpointError, option))
     if _is_checkpoint(folder):
         return folder
     if folder.name in (BEST, LATEST) and folder.is_file():

@@ -69,7 +69,7 @@ class Expanded:
 
 @dataclass(frozen=True)
 class NamesOrFile:
-    """The mark of a text that is one of these names, or the path of a file that ends in `suffix`.
+    """The mark of a text that is one of these names, or the path of a file that ends in `suffix`, in capitals or not.
 
     `other_names`: what other programs call them, in lower case without punctuation. `read_file` returns what becomes of
     a path; it may raise ConfigError.
@@ -86,7 +86,7 @@ class NamesOrFile:
             raw = os.fspath(raw)
         if isinstance(raw, str) and raw in self.names:
             return raw
-        if isinstance(raw, str) and raw.endswith(self.suffix):
+        if isinstance(raw, str) and raw.casefold().endswith(self.suffix):
             return self.read_file(_expanded(_scalar(str, raw)))
         wrong = f"needs one of {', '.join(map(repr, self.names))}, or a {self.suffix} file, got {shown(raw)}"
         plain = re.sub(r"\W|_", "", raw[:SHOWN]).casefold().removeprefix("schedule") if isinstance(raw, str) else ""

@@ -11,7 +11,7 @@ from parallel.mesh.collectives import gather_objects
 from parallel.mesh.mesh import Axis
 from parallel.placement.policy import ChunkBytes, HostRoom, host_bytes
 from parallel.storage.no_room import asked_for, disk_problem, memory_without_room, no_room
-from parallel.storage.state_file import PAGE, check_folder
+from parallel.storage.state_file import PAGE, make_folder
 from parallel.watch.process import host_name, rank_here
 
 NUM_STATES = 3  # of a chunk: master weights and two moments, a file each
@@ -50,7 +50,7 @@ def folder_problem(zero: ZeroConfig) -> str:
     """Return what is wrong with the folder `nvme_dir`, its room aside, or an empty string. Make it if it is missing."""
     try:
         if zero.nvme_dir is not None:
-            check_folder(zero.nvme_dir)
+            make_folder(zero.nvme_dir)
     except ConfigError as error:
         return str(error)
     return ""

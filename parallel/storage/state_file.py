@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError, NoRoomError, RoomError, StorageError
+from parallel.storage.folders import check_writable
 from parallel.storage.no_room import no_room
 
 PAGE = 4096  # bytes: direct reads and writes of a disk begin and end at multiples of it
@@ -89,7 +90,7 @@ class StateFiles:
 
     def __init__(self, folder: str, rank: int) -> None:
         """Raises ConfigError where nothing can be written in the folder."""
-        check_folder(folder)
+        make_folder(folder)
         self.folder, self.rank = Path(folder), rank
         self._files: weakref.WeakValueDictionary[int, StateFile] = weakref.WeakValueDictionary()  # by address
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # three files a chunk may be more than the default
@@ -130,15 +131,25 @@ class StateFiles:
 
 
 def check_folder(folder: str) -> None:
+    """Raise ConfigError where nothing can be written in the folder, which may be missing. Nothing is changed."""
+    check_writable(Path(folder), _refusal)
+
+
+def make_folder(folder: str) -> None:
     """Make the folder if it is missing. Raises ConfigError where nothing can be written in it."""
+    check_folder(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        reason = "it is a file" if Path(folder).is_file() else error.strerror
-        raise ConfigError(
-            f"zero.nvme_dir: cannot write in {folder}: {reason}. Try a folder of your own on a local disk."
-        ) from error
+        raise _refusal(f"cannot make {folder}: {error.strerror}.") from error
+
+
+def _refusal(problem: str) -> ConfigError:
+    try:
+        example = f", such as {Path(tempfile.gettempdir()) / 'colonnade'}"
+    except FileNotFoundError:  # no folder for temporary files can be written
+        example = ""
+    return ConfigError(f"zero.nvme_dir: {problem} Try a folder of your own on a local disk{example}.")
 
 
 def in_pages(num_bytes: int) -> int:
