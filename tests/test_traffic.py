@@ -156,7 +156,7 @@ def calls_of_a_step(engine: Engine, batch: Batch, plan: Plan | None) -> list[Cal
     with handed, ExitStack() as stack:
         mark_parts(engine, handed, stack)
         if plan is not None:
-            stack.enter_context(patch.object(engine, "_plan", lambda *_, **__: plan))
+            stack.enter_context(patch.object(engine.passes, "plan", lambda *_, **__: plan))
         engine.train_step(batch)
     assert engine.mesh.traffic.bytes == handed.bytes
     # A step begins with an agreement on the host: of the largest and the smallest digest, and of the notices.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel.config import PipelineConfig
 from parallel.config.parallel import TensorConfig
-from parallel.engine import engine
+from parallel.engine import planned_passes
 from parallel.errors import ConfigError
 from parallel.mesh.mesh import ALONE, Axis, Mesh
 from parallel.ops.deferred import DeferredCalls
@@ -327,7 +327,7 @@ def all_weights_last(pipeline: PipelineConfig, num_microbatches: int, *, recompu
 
 
 def train_in_two_parts(rank: int, world_size: int, raw: Raw, batches: list[Batch]) -> Trace | None:
-    with patch.object(engine, "plan_of", all_weights_last):
+    with patch.object(planned_passes, "plan_of", all_weights_last):
         return train(rank, world_size, raw, batches)
 
 
