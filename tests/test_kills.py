@@ -50,7 +50,9 @@ def _leaves_signals_alone() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "Llama in 1d" else name for name in LAYOUTS]
+)
 def test_a_killed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     layout, kill = LAYOUTS[name], KILLS[name]
     assert start(layout, tmp_path / "whole") == 0
