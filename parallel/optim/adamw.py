@@ -205,24 +205,24 @@ class AdamW:
     def _update(self, parts: Sequence[Part], *, now: Step, tier: Tier, is_streamed: bool = False) -> None:
         """Update parts on the tier where their tensors are: the states, and the parameters."""
         fused: list[Elements] = []
-        far: list[tuple[Tensor, Tensor]] = []  # parameters on the host of states on the device
+        offloaded: list[tuple[Tensor, Tensor]] = []  # parameters on the host, and master weights on the device
         for part in parts:
             is_rounded = part.states[1].dtype != part.states[0].dtype
             if not can_be_fused(part.gradient, part.states) or (is_rounded and not self._noise.takes(part)):
                 rounding = self._rounding_on(tier, is_streamed, part.states[0]) if is_rounded else None
                 self._update_in_torch(part, now, rounding)
                 continue
-            near = part
+            states = part
             if part.own is not None and part.own.device != part.gradient.device:
-                near = replace(part, own=None)
-                far.append((part.own, part.states[0]))
+                states = replace(part, own=None)
+                offloaded.append((part.own, part.states[0]))
             if is_rounded:
-                fused += [self._elements(piece, noise) for piece, noise in self._noise.of(near, now.number)]
+                fused += [self._elements(piece, noise) for piece, noise in self._noise.of(states, now.number)]
             else:
-                fused.append(self._elements(near))
+                fused.append(self._elements(states))
         if fused:
             update_fused(fused, now, self.config)
-        for own, master in far:
+        for own, master in offloaded:
             own.copy_(master)
 
     def _update_in_torch(self, part: Part, now: Step, rounding: Rounding | None) -> None:
