@@ -1,11 +1,12 @@
 """Measure what the host does between the loss of a step and the launch of the next one, while a GPU waits.
 
-    python -m benchmarks.host_path [--model opt-125m] [--batch 32] [--sequence 1024] [--steps 50] [--no-writes]
+    python -m benchmarks.host_path [--model opt-125m] [--batch 32] [--sequence 1024] [--steps 50] [--as-train]
 
 It prints the parts of that path in microseconds: for each the fastest tenth of the steps, since a host is shared. On a
-GPU a step is a CUDA graph, as in a training. On a CPU, whose time would not be the host's, forward and backward are
-left out: the model has its number of layers and parameters, but narrow ones. `--no-writes`: nobody but the engine
-writes into parameters, as in `colonnade train`.
+GPU a step is a CUDA graph, as in a training, and the last line says how long the device has nothing to do: from the end
+of an update to the begin of the graph, in the median step. On a CPU, whose time would not be the host's, forward and
+backward are left out: the model has its number of layers and parameters, but narrow ones. `--as-train`: nobody but the
+engine writes into parameters, and the next batch is read while the device computes, as in `colonnade train`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -31,6 +33,7 @@ from parallel.engine.replica_batches import ReplicaBatches
 from parallel.engine.step_code import StepCode
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.captured import CALLS_BEFORE, graphs_of
+from parallel.ops.clock import clock_of
 from parallel.pipeline.microbatch import Microbatch
 from parallel.pipeline.staged import StagedBatch
 from parallel.storage.transfer import HostCopy
@@ -72,9 +75,12 @@ class EmptyGraph:
 class Path:
     """The times of the path in each step: from when the host has the loss to when the graph is launched."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.idle: list[float] = []  # seconds of the device
+        self._clock = clock_of(device)
         self._begun: float | None = None
+        self._marks: tuple[Any, Any] | None = None  # on the device: an update has ended, the graph after it has begun
 
     def watch(self, stack: ExitStack) -> None:
         """Measure from now on, until the stack is closed."""
@@ -86,14 +92,22 @@ class Path:
         wait, launch = HostCopy.wait, CapturedWork.launch
 
         def arrived(copy: HostCopy) -> Tensor:
+            if copy._copy.numel() != 2:  # neither loss nor norm
+                return wait(copy)
+            updated = self._clock.now()  # the update has been launched
             found = wait(copy)
-            self._begun = time.perf_counter() if copy._copy.numel() == 2 else None  # loss and norm
+            if self._marks is not None:  # the device is past both of them
+                self.idle.append(self._clock.seconds(*self._marks))
+            self._marks = updated, None
+            self._begun = time.perf_counter()
             return found
 
         def launched(work: CapturedWork, batch: StagedBatch) -> None:
             launch(work, batch)
             if self._begun is not None:
                 self.seconds["all, from loss to launch"].append(time.perf_counter() - self._begun)
+            if self._marks is not None:
+                self._marks = self._marks[0], work.marks[0][2]
             self._begun = None
 
         stack.enter_context(mock.patch.object(HostCopy, "wait", arrived))
@@ -119,7 +133,7 @@ def engine_of(arguments: argparse.Namespace, *, on_gpu: bool) -> parallel.Engine
     )
     context = parallel.launch_from_torch(raw, resolve=resolve)
     engine = parallel.Engine(models.build(context), context)
-    if arguments.no_writes:
+    if arguments.as_train:
         engine.writes.stop()
     run = engine.captured_step._run
 
@@ -139,7 +153,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--no-writes", action="store_true")
+    parser.add_argument("--as-train", action="store_true")
     arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
@@ -149,14 +163,17 @@ def main(given: list[str] | None = None) -> None:
         )
         engine = engine_of(arguments, on_gpu=on_gpu)
         batch = {"input_ids": torch.randint(4, 50_000, (arguments.batch, arguments.sequence))}
+        next_batch = (lambda: batch) if arguments.as_train else None
         for _ in range(CALLS_BEFORE + 3):
-            engine.train_step(batch)
-        path = Path()
+            engine.train_step(batch, next_batch=next_batch)
+        path = Path(engine.mesh.device)
         path.watch(stack)
         for _ in range(arguments.steps):
-            engine.train_step(batch)
+            engine.train_step(batch, next_batch=next_batch)
     for name, seconds in path.seconds.items():
         print(f"{name:<38} {sorted(seconds)[len(seconds) // 10] * 1e6:8.0f} µs")
+    if on_gpu:
+        print(f"{'the device has nothing to do':<38} {median(path.idle) * 1e6:8.0f} µs")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from benchmarks.floors import StepSize, floors
 from models.linears import linears_in_8_bits
 from models.shapes import resolve, shape_of
 from parallel.config import Config, apply_overrides, parse
+from parallel.ops.captured import CALLS_BEFORE
 
-WARM_UP, TIMED, PROFILED = 4, 10, 2
+WARM_UP, TIMED, PROFILED = CALLS_BEFORE + 3, 10, 2
 LINE = "| {:<16} | {:>9} | {:>8} | {:>9} | {:>7} |"
 
 

@@ -1,12 +1,17 @@
 """A batch that cannot be used is one clear error on every rank, before anything has changed."""
 
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from parallel.engine import replica_batches
 from parallel.errors import DataError
+from parallel.pipeline.microbatch import Microbatch, batch_problem
+from parallel.pipeline.staged import StagedBatch
 from tests.harness import run
 from tests.parity import Batch, Raw, config_of, engine_of
 
@@ -99,3 +104,66 @@ def test_a_mask_without_padding_is_left_out() -> None:
     padded = ones.clone()
     padded[1, 4:] = 0
     assert run(masks_of, 1, [ones, padded])[0] == [False, True]
+
+
+# -- a batch that is read before its step ------------------------------------------------------------------------------
+
+
+def test_a_batch_that_is_read_ahead_is_checked_and_staged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, seen = engine_of(0, 1, RAW), list[int]()
+    of = StagedBatch.of
+
+    def noted(whole: Microbatch, size: int, device: torch.device) -> StagedBatch:
+        seen.append(int(whole.samples[0]))
+        return of(whole, size, device)
+
+    monkeypatch.setattr(StagedBatch, "of", noted)
+    monkeypatch.setattr(replica_batches, "batch_problem", Mock(side_effect=batch_problem))
+    following = ids_with(7)
+    engine.train_step(GOOD, next_batch=lambda: following)
+    assert seen == [0, 4]
+    engine.train_step(following)
+    assert seen == [0, 4]
+    assert replica_batches.batch_problem.call_count == 2  # type: ignore[attr-defined]
+    engine.train_step(following)  # those samples have other numbers
+    assert seen == [0, 4, 8]
+
+
+AHEAD: dict[str, Any] = {
+    "no batch": [1, 2],
+    "no tensors": dict(input_ids=[[1, 2]]),
+    "an unknown key": GOOD | dict(inputs=GOOD["input_ids"]),
+    "a token that is too large": ids_with(29),
+    "no label": BAD["no label"][0],
+}
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_what_is_wrong_with_a_batch_that_is_read_ahead_is_said_by_its_own_step(case: str) -> None:
+    engine = engine_of(0, 1, RAW)
+    assert engine.train_step(GOOD, next_batch=lambda: AHEAD[case]).loss > 0
+    with pytest.raises(DataError):
+        engine.train_step(AHEAD[case])
+    assert engine.train_step(GOOD).loss > 0
+
+
+def test_tensors_whose_writes_are_not_counted_are_read_by_their_step() -> None:
+    engine = engine_of(0, 1, RAW)
+    with torch.inference_mode():
+        following = {"input_ids": GOOD["input_ids"].clone()}
+    engine.train_step(GOOD, next_batch=lambda: following)
+    assert engine.batches.ahead is None
+    engine.train_step(following)
+
+
+def losses_of(rank: int, world_size: int, who: tuple[int, ...]) -> list[float]:
+    """Return the losses of three steps; the ranks `who` read the batch of the next step ahead."""
+    engine, batches = engine_of(rank, world_size, RAW), [ids_with(3 + rank), ids_with(5 + rank), ids_with(7 + rank)]
+    rest = iter(batches[1:])
+    next_batch = partial(next, rest, None) if rank in who else None
+    return [engine.train_step(batch, next_batch=next_batch).loss for batch in batches]
+
+
+def test_replicas_need_not_read_ahead_together() -> None:
+    """What they tell each other of a batch is a part of its step."""
+    assert run(losses_of, 2, (1,)) == run(losses_of, 2, ())

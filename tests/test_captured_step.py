@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from parallel.engine import captured_step
 from parallel.engine.captured_step import problem_of_capture
 from parallel.engine.replica_batches import ReplicaBatches
 from parallel.engine.step_code import StepCode
-from parallel.errors import ModelError
+from parallel.errors import DataError, ModelError
 from parallel.modules.parameters import OriginalParameters
 from parallel.ops.captured import CALLS_BEFORE, CudaGraph, graphs_of, is_capturing
 from parallel.placement.memory_report import MemoryUse
@@ -527,6 +528,155 @@ def test_what_was_launched_for_a_step_that_was_refused_is_not_that_of_a_later_on
     assert seen == ["beside"]
 
 
+# -- the next step, launched at the end of one -------------------------------------------------------------------------
+
+
+def without_writes(*, captures: bool, **train: Any) -> parallel.Engine:
+    """Return an engine between whose steps no code of a user runs, as in `colonnade train`."""
+    engine = engine_of(captures=captures, **train)
+    engine.writes.stop()
+    return engine
+
+
+def _itself(batch: Batch | None) -> Batch | None:
+    return batch
+
+
+def train_ahead(engine: parallel.Engine, batches: list[Batch]) -> list[tuple[float, float | None]]:
+    """Do as `train`; each step but the last reads the batch of the next."""
+    following = [*batches[1:], None]
+    results = [
+        engine.train_step(one, next_batch=partial(_itself, x)) for one, x in zip(batches, following, strict=True)
+    ]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_next_step_is_launched_before_this_one_returns_if_nobody_writes_in_between(
+    writes: bool, made: Made
+) -> None:
+    usual, captured = engine_of(captures=False), engine_of()
+    if not writes:
+        captured.writes.stop()
+    batches, launched = [batch_of(number) for number in range(CALLS_BEFORE + 4)], list[int]()
+    results = train(usual, batches)
+    for number, batch in enumerate(batches):
+        following = batches[number + 1] if number + 1 < len(batches) else None
+        result = captured.train_step(batch, next_batch=partial(_itself, following))
+        assert (result.loss, result.grad_norm) == results[number]
+        launched.append(made[0].replays if made else 0)
+    assert_same(captured, usual)
+    assert launched == ([0, 0, 0, 1, 2, 3, 4] if writes else [0, 0, 0, 2, 3, 4, 4])
+    if not writes:
+        assert made[0].replays == 4  # none of them was in vain
+
+
+def another_batch(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    return batch_of(77)
+
+
+def a_write_into_the_batch(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    following["input_ids"][0, 0] = 5
+    return following
+
+
+def a_key_of_the_batch(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    following["labels"] = following["input_ids"].flip(1)
+    return following
+
+
+def a_tensor_of_the_batch(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    following["input_ids"] = following["input_ids"].flip(1)
+    return following
+
+
+def an_evaluation(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    engine.evaluate([batch_of(50, length=LENGTH // 2), following])
+    return following
+
+
+def a_checkpoint(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    return following
+
+
+def an_older_state(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    engine.load_state_dict(torch.load(folder / "state.pt"))
+    return following
+
+
+def a_state_of_another_run(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    """It has taken as many samples."""
+    state = engine.state_dict()
+    engine.load_state_dict(state | {"tensors": {key: 1.5 * x for key, x in state["tensors"].items()}})
+    return following
+
+
+def other_weights(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    engine.load_weights(folder / "first")
+    return following
+
+
+def a_batch_that_is_refused(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    for bad in ({"input_ids": torch.tensor([[1]])}, {"input_ids": batch_of(3)["input_ids"] + VOCABULARY * 10}):
+        with pytest.raises(DataError):
+            engine.train_step(bad)
+    return following
+
+
+def a_profiler(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        engine.train_step(following)
+    return batch_of(78)
+
+
+RARE_BETWEEN = (
+    another_batch,
+    a_key_of_the_batch,
+    a_tensor_of_the_batch,
+    a_checkpoint,
+    a_batch_that_is_refused,
+    a_profiler,
+)
+BETWEEN = [
+    *(an_older_state, a_state_of_another_run, other_weights, a_write_into_the_batch, an_evaluation),
+    *(pytest.param(x, marks=SLOW) for x in RARE_BETWEEN),
+]
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_comes_between_two_steps_counts_though_the_next_is_launched(
+    between: Callable[[parallel.Engine, Path, Batch], Batch], tmp_path: Path, made: Made
+) -> None:
+    """All that an engine can do between two steps, and what may happen to a batch that it has read ahead."""
+    results = []
+    for captures in (False, True):
+        engine, folder = without_writes(captures=captures), tmp_path / str(captures)
+        batches, step = [batch_of(number) for number in range(CALLS_BEFORE + 4)], train_ahead if captures else train
+        results.append(step(engine, batches[:2]))
+        engine.save_checkpoint(folder / "first")
+        torch.save(engine.state_dict(), folder / "state.pt")
+        results[-1] += step(engine, batches[2:-1])
+        next_batch = partial(_itself, batches[1]) if captures else None
+        results[-1].append((engine.train_step(batches[-1], next_batch=next_batch).loss, None))
+        assert (engine.captured_step._early is not None) == captures
+        last = between(engine, folder, batches[1])
+        results[-1] += step(engine, [last, batch_of(20), batch_of(21)])
+        results[-1].append((sum(float(x.double().sum()) for x in weights(engine)), None))
+    assert results[0] == results[1]
+
+
+@SLOW
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("between", [an_older_state, other_weights, an_evaluation, a_checkpoint, another_batch])
+def test_what_comes_between_two_steps_of_a_gpu_counts_though_the_next_is_launched(
+    between: Callable[[parallel.Engine, Path, Batch], Batch], tmp_path: Path
+) -> None:
+    test_what_comes_between_two_steps_counts_though_the_next_is_launched(between, tmp_path, [])
+
+
 class _Counting(nn.Module):
     """A layer with a buffer that each forward writes."""
 
@@ -641,11 +791,11 @@ def test_the_seconds_of_a_step_that_fails_are_those_of_no_later_one(
     if fails == "early":
         engine.chunks[0].infos[0].parameter.requires_grad_(False)
 
-    def meanwhile() -> None:
+    def next_batch() -> None:
         raise OSError
 
     with pytest.raises(ModelError if fails == "early" else OSError):
-        engine.train_step(batch_of(5), meanwhile=meanwhile)
+        engine.train_step(batch_of(5), next_batch=next_batch)
     now[0] += 1000
     engine.chunks[0].infos[0].parameter.requires_grad_(True)
     assert not any(engine.train_step(batch_of(6, samples=2)).phases.values())

@@ -382,7 +382,7 @@ def test_the_batch_of_the_next_step_is_read_while_the_device_computes(monkeypatc
     def read() -> None:
         events.append(f"sample {engine.num_samples} in {engine.stopwatch.phase}")
 
-    engine.train_step(batch(), meanwhile=read)
+    engine.train_step(batch(), next_batch=read)
     assert events == ["wait for 1 in update", "update is launched", "sample 4 in data", "wait for 2 in update"]
 
 
@@ -390,7 +390,7 @@ def test_a_step_whose_user_raises_an_error_meanwhile_is_counted() -> None:
     """Its update has been launched: a checkpoint of these weights with the counts before it would train them again."""
     engine = engine_of()
     with pytest.raises(OSError, match="no next batch"):
-        engine.train_step(batch(), meanwhile=Mock(side_effect=OSError("no next batch")))
+        engine.train_step(batch(), next_batch=Mock(side_effect=OSError("no next batch")))
     assert (engine.num_steps, engine.num_updates, engine.num_samples) == (2, 2, 4)
 
 

@@ -15,10 +15,12 @@ class BatchAhead:
         self._loader = loader
         self._ahead: tuple[int, Batch] | None = None
 
-    def read(self, first: int) -> None:
-        """Read the batch after the first `first` samples of the run ahead."""
+    def read(self, first: int) -> Batch | None:
+        """Read the batch after the first `first` samples of the run ahead, and return it, or None if it raises."""
         with suppress(Exception):
             self._ahead = first, self._loader.training(first)
+            return self._ahead[1]
+        return None
 
     def take(self, first: int) -> Batch:
         """Return the batch after the first `first` samples of the run."""

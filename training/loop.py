@@ -56,7 +56,7 @@ def fit(
             engine.mesh.watch.begin("reading a batch")
             batch = batches.take(engine.num_samples)
             try:
-                result = engine.train_step(batch, meanwhile=partial(read_ahead, engine, batches))
+                result = engine.train_step(batch, next_batch=partial(read_ahead, engine, batches))
             except NonFiniteError as error:
                 seconds, failed = time.perf_counter() - started, of_failed(error, engine)
                 callbacks.on_step(meter.line(engine.num_steps, failed, seconds, samples=engine.num_samples))
@@ -67,10 +67,9 @@ def fit(
         finish_step(engine, loader, line=line, callbacks=callbacks, save=save, best=history.best)
 
 
-def read_ahead(engine: Engine, batches: BatchAhead) -> None:
+def read_ahead(engine: Engine, batches: BatchAhead) -> Batch | None:
     """Read the batch of the next step, if there is one, while the device computes the step that is not counted yet."""
-    if engine.num_steps + 1 < engine.config.train.steps:
-        batches.read(engine.num_samples)
+    return batches.read(engine.num_samples) if engine.num_steps + 1 < engine.config.train.steps else None
 
 
 def of_failed(error: NonFiniteError, engine: Engine) -> StepResult:

@@ -122,9 +122,11 @@ class CapturedStep:
         return self._was_replayed and not self._is_observed
 
     def start_early(self, batch: StagedBatch, *settings: object) -> None:
-        """Launch the graph for the batch of the next call, where it is of the same form, and `may_start_early`."""
+        """Launch the graph for the batch of the next call, where it is of the same form, and `may_start_early`; not a
+        second time for a batch.
+        """
         form = (*settings, *batch.form)
-        if self._captured is not None and self._key[: len(form)] == form:
+        if self._captured is not None and self._key[: len(form)] == form and not self._is_launched(batch):
             self._captured[1].launch(batch)
             self._early = batch
 
@@ -143,7 +145,7 @@ class CapturedStep:
 
         `settings`: further numbers that launches depend on.
         """
-        is_launched, self._early, self._was_replayed = self._early is batch, None, False
+        is_launched, self._early, self._was_replayed = self._is_launched(batch), None, False
         code = None if self._new_graph is None or self.problem or self._is_observed else self.code.key()
         if self._new_graph is None or code is None:
             return self._as_usual(batch)
@@ -182,6 +184,10 @@ class CapturedStep:
         """Give up the graph, unless as much memory as it has is free beside it."""
         if self._captured is not None and not _is_roomy(self._captured[1].graph, self._device):
             self.drop()
+
+    def _is_launched(self, batch: StagedBatch) -> bool:
+        """Return whether the graph has been launched for this batch: the same memory, however often it was scaled."""
+        return self._early is not None and self._early.memory is batch.memory
 
     @property
     def _is_observed(self) -> bool:

@@ -101,12 +101,17 @@ class Engine(EngineState):
             problem = self._original.change(are_shown=are_shown)
         super().agree_on(action, problem, error)
 
-    def train_step(self, batch: Mapping[str, Tensor], *, meanwhile: Callable[[], None] | None = None) -> StepResult:
+    def train_step(
+        self, batch: Mapping[str, Tensor], *, next_batch: Callable[[], Mapping[str, Tensor] | None] | None = None
+    ) -> StepResult:
         """Do forward and backward of all microbatches, and one update, unless loss or norm is not finite.
 
-        `meanwhile` is called when the device has been given all of it, before the host waits for the loss: the batch of
-        the next step may be read there. The samples of this step are counted by then, the step itself is not. An error
-        that it raises is raised when the step has been counted.
+        `next_batch` reads the batch of the next step, and returns it, or None. It is called when the device has been
+        given all of this step, before the host waits for the loss; the batch is checked and staged then, so that the
+        device does not wait for that either. What is wrong with it is said by the step that takes it. A batch that is
+        written into before that step, other than by torch, has the old values in it. The samples of this step are
+        counted when `next_batch` is called, the step itself is not. An error that it raises is raised when the step has
+        been counted.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
         on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError, in
@@ -122,9 +127,10 @@ class Engine(EngineState):
             self.agree_on(f"a train step with {self.hyperparameters}", frozen)
             self.saver.check()
             with self.memory_guard.explained(lambda: self.stopwatch.phase):
-                result = self._train_step(batch, early, meanwhile)
+                result = self._train_step(batch, early, next_batch)
         except BaseException:
             self.stopwatch.forget()
+            self.captured_step.discard_early()
             raise
         self.memory_guard.after_step(self.num_steps)
         return result
@@ -133,7 +139,6 @@ class Engine(EngineState):
         """Launch a graph for this batch where there is one, before it is known what may prevent it: the host finds that
         out while the device computes. Return the batch then, and the number of its labels.
         """
-        self.captured_step.discard_early()  # of a step that has failed
         if not (self.captured_step.may_start_early and self.part.training):
             return None
         self.stopwatch.mark("data")
@@ -144,8 +149,18 @@ class Engine(EngineState):
         self.captured_step.start_early(staged, self._multiplies_in_8_bits)
         return staged, tokens
 
+    def _start_next(self) -> None:
+        """Launch a graph for the batch of the next step, if it is staged, before this step returns: whatever a loop
+        does between two steps takes the device no time. Not where a user's code may write parameters there.
+        """
+        if self.batches.ahead is not None and not self.writes.is_on:
+            self._start_early(self.batches.ahead.batch)
+
     def _train_step(
-        self, batch: Mapping[str, Tensor], early: Staged | None, meanwhile: Callable[[], None] | None
+        self,
+        batch: Mapping[str, Tensor],
+        early: Staged | None,
+        next_batch: Callable[[], Mapping[str, Tensor] | None] | None,
     ) -> StepResult:
         if early is None:
             self.stopwatch.mark("data")
@@ -173,16 +188,16 @@ class Engine(EngineState):
             self.scaling.end_step(found_inf(norm, total))
         self.num_samples += self.data.size * len(staged.whole.input_ids)
         try:
-            if meanwhile is not None:
+            if next_batch is not None:
                 self.stopwatch.mark("data")
-                meanwhile()
+                self.batches.stage_ahead(next_batch(), self.num_samples)
                 self.stopwatch.mark("update")  # a device that is stuck from here on is not stuck in "data"
         finally:  # the update has been launched, so the step counts; the device goes on with it
             loss, grad_norm = result.wait().tolist()
             outcome = self._end_step(loss, grad_norm)
         self._report(outcome, loss, grad_norm, partial(self._origin, staged))
         skipped = outcome is not Outcome.UPDATED
-        return StepResult(
+        found = StepResult(
             loss,
             None if skipped else grad_norm,
             lr,
@@ -191,6 +206,8 @@ class Engine(EngineState):
             phases=self.stopwatch.read(),
             nonfinite_steps=self.steps.num_left_out,
         )
+        self._start_next()
+        return found
 
     def counters(self) -> dict[str, Any]:
         """Return what `EngineBase.counters` does, and the number of samples."""
@@ -200,6 +217,11 @@ class Engine(EngineState):
         """Do as `EngineBase.restore`. Where samples were not counted, each step had as many as the config says."""
         super().restore(counters, steps=steps)
         self.num_samples = counters.get("samples", self.num_steps * self.config.train.global_batch_size)
+
+    def write_back(self) -> None:
+        """Do as `EngineBase.write_back`."""
+        super().write_back()
+        self.captured_step.discard_early()  # for the parameters before
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> float:

@@ -46,7 +46,11 @@ class Stopwatch:
         return torch.autograd.profiler._is_profiler_enabled or self._recorded is not None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
-        """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
+        """End the phase before, and begin this one, unless it lasts already. `detail`: what the trace shows beside its
+        name.
+        """
+        if phase == self.phase and not (detail or self.is_observed):
+            return
         self._end_range()
         self._on_phase(phase)
         self._take(phase, detail)

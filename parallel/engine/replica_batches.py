@@ -1,6 +1,7 @@
 """The batches of one replica: checked together with those of the others, and staged for this rank's device."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -20,16 +21,49 @@ Staged: TypeAlias = tuple[StagedBatch, int]
 """A batch on the host, and the number of counted labels of all replicas."""
 
 
+Tensors: TypeAlias = list[tuple[str, int, int]]
+"""The key of each tensor of a batch, which tensor it is, and its version, which counts what is written into it."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnBatch:
+    """A batch of this replica, of which the others do not know yet: what is wrong with it, or its samples."""
+
+    problem: str | None
+    staged: StagedBatch | None
+    num_labels: int
+    num_samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAhead:
+    """A batch that is checked and staged before its step; the samples before it, and its tensors as they were."""
+
+    batch: Mapping[str, Tensor]
+    own: OwnBatch
+    num_samples: int
+    tensors: Tensors
+
+
 class ReplicaBatches:
     """Checks the batches of this replica, numbers their samples over the run, and stages them.
 
-    `limits` are the batches that the model accepts; `steps` has the loss scale.
+    `limits` are the batches that the model accepts; `steps` has the loss scale. `ahead` is the batch that has been
+    staged before its step, if there is one: nothing is done twice for it, while it is what it was.
     """
 
     def __init__(self, context: Context, limits: Limits, steps: StepCounts) -> None:
         self.data, self.limits, self.steps = context.mesh.axis("data"), limits, steps
         self._device, self._shares = context.mesh.device, context.shares
         self._size = context.config.train.micro_batch_size
+        self.ahead: StagedAhead | None = None
+
+    def stage_ahead(self, batch: Mapping[str, Tensor] | None, num_samples: int) -> None:
+        """Check and stage the batch of the next step, before which `num_samples` are taken, and say nothing of it."""
+        tensors = _tensors_of(batch)
+        self.ahead = None
+        if batch is not None and tensors is not None:
+            self.ahead = StagedAhead(batch, self._own(batch, num_samples), num_samples, tensors)
 
     def staged(self, batch: Mapping[str, Tensor], num_samples: int) -> Staged:
         """Return the batch, staged for this rank's device, and the number of counted labels of all replicas.
@@ -38,25 +72,32 @@ class ReplicaBatches:
         `num_samples` were taken by the steps before, on all replicas. Raises DataError on every rank where one replica
         cannot use its batch.
         """
-        counts = self._shares.counts(batch)
-        problem = batch_problem(batch, self._size, self.limits) or (UNKNOWN if counts is None else None)
-        batch = {} if problem else as_int64(given(batch))
-        samples = None if problem else self._samples(batch, num_samples, counts=bool(counts))
-        staged = None if samples is None else StagedBatch.of(samples, self._size, self._device)
-        labels = torch.empty(0) if staged is None else staged.whole.labels
-        own = 0 if problem else len(batch["input_ids"])
+        ahead = self.ahead
+        is_ahead = ahead is not None and ahead.batch is batch and ahead.num_samples == num_samples
+        own = ahead.own if ahead and is_ahead and ahead.tensors == _tensors_of(batch) else self._own(batch, num_samples)
         # These are on the host, so that no GPU is waited for.
-        sums = torch.tensor([num_counted(labels), problem is not None, own, own**2])
+        sums = torch.tensor([own.num_labels, own.problem is not None, own.num_samples, own.num_samples**2])
         tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
         if refused:
-            raise DataError(f"batch: {problem or 'that of another replica was refused.'}")
+            raise DataError(f"batch: {own.problem or 'that of another replica was refused.'}")
         if total**2 != self.data.size * squares:  # equal only where all numbers of samples are
             raise DataError(
-                f"batch: replicas have different numbers of samples, this one {own}. Give each the same number."
+                f"batch: replicas have different numbers of samples, this one {own.num_samples}. Give each the same"
+                " number."
             )
-        assert staged is not None
+        assert own.staged is not None
         scale = self.steps.loss_scale.scale / max(1, tokens)
-        return staged.scaled(scale), tokens
+        return own.staged.scaled(scale), tokens
+
+    def _own(self, batch: Mapping[str, Tensor], num_samples: int) -> OwnBatch:
+        """Return the batch of this replica, staged if it can be used; `num_samples` were taken before it."""
+        counts = self._shares.counts(batch)
+        problem = batch_problem(batch, self._size, self.limits) or (UNKNOWN if counts is None else None)
+        if problem:
+            return OwnBatch(problem, None, 0, 0)
+        samples = self._samples(as_int64(given(batch)), num_samples, counts=bool(counts))
+        staged = StagedBatch.of(samples, self._size, self._device)
+        return OwnBatch(None, staged, num_counted(staged.whole.labels), len(samples.input_ids))
 
     def _samples(self, batch: Mapping[str, Tensor], num_samples: int, *, counts: bool) -> Microbatch:
         """Return all samples of a batch that can be used, on the host, with labels that are not shifted."""
@@ -71,3 +112,13 @@ class ReplicaBatches:
         if documents is not None and documents.is_one_per_sample:  # they hide nothing
             documents = None
         return Microbatch(ids, labels, samples, mask, position_ids=batch.get("position_ids"), documents=documents)
+
+
+def _tensors_of(batch: object) -> Tensors | None:
+    """Return the tensors of a batch as they are now; None where it has others, or some whose writes are not counted."""
+    if not isinstance(batch, Mapping):
+        return None
+    given = {key: x for key, x in batch.items() if x is not None}
+    if not all(isinstance(x, Tensor) and not x.is_inference() for x in given.values()):
+        return None
+    return [(key, id(x), x._version) for key, x in given.items()]

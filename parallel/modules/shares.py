@@ -112,7 +112,8 @@ class Shares:
 
         A batch that is from no divided loader has a weight of 1.
         """
-        found = {share.weight for leaf in _tensors(inputs) if (share := self._share_of.get(leaf)) is not None}
+        leaves = _tensors(inputs) if len(self._share_of) else ()  # a look into it takes 20 µs
+        found = {share.weight for leaf in leaves if (share := self._share_of.get(leaf)) is not None}
         for iteration in self._iterations[-1:]:
             if not found and not iteration.is_even:
                 found = {iteration.weight_of_last(inputs)}
