@@ -33,6 +33,7 @@ from benchmarks.kernel_rows import COPY, ROWS, Call, Prepare, Row
 LARGE_BYTES, SETS_BYTES = 2**29, 2**29
 """The bytes that a large call moves, and those of all sets of inputs of a round, ten times the cache of an H200."""
 
+UNIT = 2**14  # elements
 ROUNDS, WARM_UP, MOST_SETS = 20, 3, 16
 WAIT_CYCLES = 6_000_000  # of the device at the beginning of a round: 3 ms, in which the host launches all of it
 
@@ -97,8 +98,8 @@ class Bench:
         size = next(size for model in MODELS if (size := row.size(model)) is not None)
         if self.tiny:
             return Size(min(size.rows, 16), 192)
-        if size.rows == 1:
-            return Size(1, -(-LARGE_BYTES // int(row.bytes_per_element)))
+        if size.rows == 1:  # a multiple of what any kernel reads at a time, as a chunk of large matrices is
+            return Size(1, -(-LARGE_BYTES // int(row.bytes_per_element * UNIT)) * UNIT)
         return Size(-(-LARGE_BYTES // int(row.bytes_per_element * size.columns)), size.columns)
 
 

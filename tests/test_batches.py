@@ -165,5 +165,5 @@ def losses_of(rank: int, world_size: int, who: tuple[int, ...]) -> list[float]:
 
 
 def test_replicas_need_not_read_ahead_together() -> None:
-    """What they tell each other of a batch is a part of its step."""
+    """They tell each other of a batch in its step."""
     assert run(losses_of, 2, (1,)) == run(losses_of, 2, ())
