@@ -15,6 +15,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.once import FOLDER
 from tests.patience import patient
 
 # The same examples every time: a run that is red on one machine is red on all. No deadline, for the cores are shared.
@@ -30,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["COLONNADE_CACHE"] = tempfile.mkdtemp(prefix="colonnade-cache-")  # and not the one of the user
+    if not hasattr(config, "workerinput"):  # workers have the variables of the process that starts them
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="colonnade-tests-")
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
@@ -43,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["COLONNADE_CACHE"], ignore_errors=True)
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ none, and so have microbatches and replicas.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from parallel.engine.context import Place, make_context, use
 from parallel.engine.module_engine import ModuleEngine
 from tests.harness import run
 from tests.losses import LOSSES, REFUSED, Batch, Loss, cross_entropy, mean_times_samples, tagger
+from tests.once import once
 from tests.parity import BOUND, Raw, relative, whole
 from tests.patience import LIMIT
 from tests.tables import rows
@@ -125,7 +126,7 @@ def assert_equal(name: str, got: Result | str, want: Result, bound: float) -> No
 @cache
 def by_engines(stage: int) -> list[dict[str, Result | str]]:
     """Return what two ranks find for every loss. They have three samples in a microbatch, and one in the last."""
-    return run(by_engine, 2, config_of(stage), list(LOSSES))
+    return once(f"losses in stage {stage}", partial(run, by_engine, 2, config_of(stage), list(LOSSES)))
 
 
 ROWS = {  # of the documentation's table, with the losses that show them

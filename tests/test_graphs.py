@@ -5,7 +5,7 @@ needs is refused by name.
 import copy
 import io
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ import parallel
 from parallel.engine.module_engine import ModuleEngine
 from tests.graphs import CASES, WIDTH, Case, InPlaceOnInput, Stack
 from tests.harness import run
+from tests.once import once
 from tests.parity import Raw, whole
 from tests.patience import patient, wait_until
 from tests.tables import Row, rows
@@ -88,7 +89,8 @@ def by_engine(rank: int, world_size: int, setting: str, names: list[str]) -> lis
 def trained(setting: str) -> dict[str, Found]:
     """Return the weights and the norm of each case. The ranks are started once for all of them."""
     names = [name for name in CASES if "recomputed" not in setting or name not in CHANGES_INPUTS]
-    return dict(zip(names, run(by_engine, RANKS, setting, names)[0], strict=True))
+    found = once(f"graphs, {setting}", partial(run, by_engine, RANKS, setting, names))
+    return dict(zip(names, found[0], strict=True))
 
 
 def assert_as_in_plain_torch(setting: str, name: str) -> None:

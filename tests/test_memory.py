@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from parallel.tensor import MODES, Mode, loss
 from parallel.tensor.layers import Linear
 from tests.accounts import Allocations, bytes_kept, letters, mode_of, saved_for_backward, storage_of, value
 from tests.harness import run
+from tests.once import once
 from tests.parity import config_of, engine_of
 from tests.tables import rows
 
@@ -80,7 +81,7 @@ class Account:
 @cache
 def accounts(layout: str) -> list[Account]:
     """Return the measurements of every rank. The ranks are started once for all tests of a layout."""
-    return run(account, LAYOUTS[layout].size, LAYOUTS[layout])
+    return once(f"accounts of {layout}", partial(run, account, LAYOUTS[layout].size, LAYOUTS[layout]))
 
 
 def account(rank: int, world_size: int, tensor: TensorConfig) -> Account:
@@ -368,9 +369,9 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
 
     def peak(sequence: int) -> int:
         """Return the lowest of six measurements: the thread of a collective may release its tensors late."""
-        return min(once(sequence) for _ in range(6))
+        return min(measured(sequence) for _ in range(6))
 
-    def once(sequence: int) -> int:
+    def measured(sequence: int) -> int:
         x = torch.ones(mode.activation_shape(B, sequence, H), requires_grad=True)
         labels = torch.zeros(B, sequence, dtype=torch.int64)
         held = Allocations()
