@@ -294,7 +294,7 @@ ROWS = (
         "rotary of q, k",
         "heads",
         heads_of_rotary,
-        (2 + 2) * 5 / 6,  # v stays where it is
+        2 + 2,  # v is moved too, so that the joint output is freed; it stays there in torch and Liger-Kernel
         partial(draw_heads, rotary=True),
         {"ours": forward(ours.rotary), "torch": forward(peers.torch_rotary), "liger": forward(peers.liger_rotary)},
     ),

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from parallel.ops.kernels.launch import launch
 
-PROGRAMS = 1056  # 8 for each of the 132 multiprocessors of an H200
+PROGRAMS = 1056  # 8 for each of the 132 multiprocessors of an H200, and not one more, which would come after all others
 MOST_PARTS = 256
+MOST_PROGRAMS = 65_535  # along a grid's second dim
 
 
-def parts_of(num_rows: int, column_blocks: int, rows: int) -> tuple[int, int]:
-    """Return the number of parts into which rows are divided, and the rows of each: a multiple of a tile's `rows`."""
+def parts_of(num_rows: int, column_blocks: int, rows: int, *, sums: bool = True) -> tuple[int, int]:
+    """Return the number of parts into which rows are divided, and the rows of each: a multiple of a tile's `rows`.
+
+    Without `sums`, which few parts have few of, a part is a tile: the more programs, the more reads are in flight.
+    """
     tiles = max(1, triton.cdiv(num_rows, rows))
-    parts = max(1, min(triton.cdiv(PROGRAMS, column_blocks), tiles, MOST_PARTS))
-    rows_of_part = triton.cdiv(tiles, parts) * rows
+    wanted = min(PROGRAMS // column_blocks, MOST_PARTS) if sums else MOST_PROGRAMS
+    rows_of_part = triton.cdiv(tiles, max(1, min(wanted, tiles))) * rows
     return max(1, triton.cdiv(num_rows, rows_of_part)), rows_of_part
 
 

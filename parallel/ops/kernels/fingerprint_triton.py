@@ -17,8 +17,9 @@ from torch import Tensor
 from parallel.ops.kernels.launch import launch
 from parallel.ops.kernels.pointers import table_of
 
-WORDS, ROWS = 256, 16
-"""The columns of a program, and the rows that it reads at a time."""
+WORDS, ROWS, WARPS = 64, 32, 4
+"""The columns of a program, the rows that it reads at a time, and its warps: one buffer has four programs for each
+multiprocessor of an H200, which keep enough reads in flight."""
 
 
 def launch_fingerprints(flats: Sequence[Tensor], weights: Tensor, columns: int, mixers: tuple[int, int]) -> Tensor:
@@ -28,7 +29,7 @@ def launch_fingerprints(flats: Sequence[Tensor], weights: Tensor, columns: int, 
     found = torch.zeros(len(flats), dtype=torch.int64, device=device)
     constants = {"COLUMNS": columns, "FEW": few, "FIRST": mixers[0], "SECOND": mixers[1], "WORDS": WORDS, "ROWS": ROWS}
     grid = triton.cdiv(few, WORDS), len(flats)
-    launch(_add_up, grid, (places, weights, found), (), constants=constants, num_warps=8)
+    launch(_add_up, grid, (places, weights, found), (), constants=constants, num_warps=WARPS)
     return found
 
 

@@ -58,7 +58,7 @@ def _launch(
     batch, length, width = joint.shape
     size, num_rows = by_head[0].shape[-1], batch * length
     rows = max(4, TILE // triton.next_power_of_2(size))
-    parts, rows_of_part = parts_of(num_rows, max(1, slots), rows)
+    parts, rows_of_part = parts_of(num_rows, max(1, slots), rows, sums=sums)
     partial = torch.empty(parts if sums else 0, width, dtype=torch.float32, device=joint.device)
     q, k, v = by_head if kv_heads else (by_head[0],) * 3
     cos, sin = (None, None) if tables is None else [x.contiguous() for x in tables]
