@@ -1,4 +1,4 @@
-"""What is measured once for all workers of a run of the tests."""
+"""Measure something once for all workers of a run of the tests."""
 
 import os
 import pickle
