@@ -299,7 +299,7 @@ MEANS = (
            " / (self.microbatches[key[1]].labels != -100).sum()]",
            trains("single")),
     Mutant("padding-has-labels", "a label of -100 is counted in the mean",
-           REPLICA_BATCHES, "[num_counted(labels), ", "[labels.numel(), ", trains("single")),
+           REPLICA_BATCHES, "num_counted(staged.whole.labels)", "staged.whole.labels.numel()", trains("single")),
     Mutant("labels-not-shifted", "the label of a token is the token itself",
            "parallel/pipeline/staged.py", "                shift(x, out)\n", "                out.copy_(x)\n",
            trains("single")),
@@ -3533,8 +3533,8 @@ CAPTURED_STEPS = (
         "looked-beside-another-step",
         "a graph that was launched for a step that failed is taken for that of the next step",
         "parallel/engine/engine.py",
-        "        self.captured_step.discard_early()  # of a step that has failed\n",
-        "",
+        "            self.stopwatch.forget()\n            self.captured_step.discard_early()\n",
+        "            self.stopwatch.forget()\n",
         f"{CAPTURED}::test_what_was_launched_for_a_step_that_was_refused_is_not_that_of_a_later_one",
     ),
     Mutant(
@@ -3834,6 +3834,94 @@ HOST_PATH = (
     ),
 )
 
+BATCHES = "tests/test_batches.py"
+NOT_OF_A_STEP = f"{CAPTURED}::test_the_time_between_two_steps_is_that_of_neither_though_the_next_is_launched"
+COMES_BETWEEN = f"{CAPTURED}::test_what_comes_between_two_steps_counts_though_the_next_is_launched"
+LAUNCHED_BEFORE = f"{CAPTURED}::test_the_next_step_is_launched_before_this_one_returns_if_nobody_writes_in_between"
+
+NEXT_BATCH = (
+    Mutant(
+        "launched-before-writes",
+        "the next step is launched at the end of one though parameters may be written in between",
+        ENGINE,
+        "        if self.batches.ahead is not None and not self.writes.is_on:\n",
+        "        if self.batches.ahead is not None:\n",
+        f"{LAUNCHED_BEFORE}[True]",
+    ),
+    Mutant(
+        "launched-twice",
+        "a step that was launched at the end of the step before is launched once more",
+        "parallel/engine/captured_step.py",
+        " and not self._is_launched(batch):\n",
+        ":\n",
+        f"{LAUNCHED_BEFORE}[False]",
+    ),
+    Mutant(
+        "launched-for-older-weights",
+        "a step counts that was launched before other weights were loaded",
+        ENGINE,
+        "        self.captured_step.discard_early()  # for the parameters before\n",
+        "",
+        f"{COMES_BETWEEN}[a_state_of_another_run]",
+    ),
+    Mutant(
+        "written-after-it-was-read",
+        "what is written into a batch after it was read ahead does not count",
+        REPLICA_BATCHES,
+        "x is y and rest == others for",
+        "x is y for",
+        f"{COMES_BETWEEN}[a_write_into_the_batch]",
+    ),
+    Mutant(
+        "replaced-after-it-was-read",
+        "a tensor of a batch may take the place of another one after the batch was read ahead",
+        REPLICA_BATCHES,
+        "x is y and rest == others for",
+        "rest == others for",
+        f"{BATCHES}::test_a_tensor_that_takes_the_place_of_a_freed_one_is_another_one",
+    ),
+    Mutant(
+        "numbered-for-another-step",
+        "the samples of a batch that was read ahead keep their numbers in whichever step takes it",
+        REPLICA_BATCHES,
+        " or self.num_samples != num_samples:\n",
+        ":\n",
+        f"{BATCHES}::test_a_batch_that_is_read_ahead_is_checked_and_staged_once",
+    ),
+    Mutant(
+        "read-ahead-kept",
+        "a batch that was read ahead is kept after its step",
+        ENGINE,
+        "        self.batches.ahead = None  # it was that of this step\n",
+        "",
+        f"{BATCHES}::test_a_batch_that_was_read_ahead_is_freed_after_its_step",
+    ),
+    Mutant(
+        "entered-before-it-begins",
+        "a rank is in the next step as soon as that one is launched",
+        ENGINE,
+        "        if not marks:\n            self.stopwatch.mark",
+        "        if True:\n            self.stopwatch.mark",
+        f"{NOT_OF_A_STEP}[False]",
+    ),
+    Mutant(
+        "timed-between-steps",
+        "what comes between two steps is time of the second one, if that one is launched by then",
+        "parallel/engine/captured_step.py",
+        "            self.stopwatch.take([*self._marks_ahead, *marks, end], ahead=True)\n",
+        "            self.stopwatch.take([*self._marks_ahead, *marks], ahead=True)\n",
+        f"{NOT_OF_A_STEP}[False]",
+    ),
+    Mutant(
+        "timed-in-another-order",
+        "the marks of a graph that was launched before its step come behind the first mark of that step",
+        "parallel/engine/captured_step.py",
+        "*marks, end], ahead=True)\n",
+        "*marks, end])\n",
+        f"{NOT_OF_A_STEP}[False]",
+    ),
+)
+
 MUTANTS = (
     *DROPPED_REDUCTIONS,
     *GRADIENT_RULE,
@@ -3910,4 +3998,5 @@ MUTANTS = (
     *LAUNCHED_LATER,
     *HOST_SHARE,
     *HOST_PATH,
+    *NEXT_BATCH,
 )

@@ -1,5 +1,6 @@
 """A batch that cannot be used is one clear error on every rank, before anything has changed."""
 
+import weakref
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -109,6 +110,10 @@ def test_a_mask_without_padding_is_left_out() -> None:
 # -- a batch that is read before its step ------------------------------------------------------------------------------
 
 
+def _itself(batch: Batch | None) -> Batch | None:
+    return batch
+
+
 def test_a_batch_that_is_read_ahead_is_checked_and_staged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seen = engine_of(0, 1, RAW), list[int]()
     of = StagedBatch.of
@@ -125,8 +130,33 @@ def test_a_batch_that_is_read_ahead_is_checked_and_staged_once(monkeypatch: pyte
     engine.train_step(following)
     assert seen == [0, 4]
     assert replica_batches.batch_problem.call_count == 2  # type: ignore[attr-defined]
-    engine.train_step(following)  # those samples have other numbers
-    assert seen == [0, 4, 8]
+    engine.train_step(following, next_batch=lambda: following)  # those samples have other numbers
+    assert seen == [0, 4, 8, 12]
+    engine.num_samples = 4  # as where an older state is loaded
+    engine.train_step(following)
+    assert seen == [0, 4, 8, 12, 4]
+
+
+def test_a_tensor_that_takes_the_place_of_a_freed_one_is_another_one() -> None:
+    """It often has the id of the tensor that was freed, and neither has been written into."""
+    losses = []
+    for is_ahead in (False, True):
+        engine, following = engine_of(0, 1, RAW), ids_with(7)
+        engine.train_step(GOOD, next_batch=partial(_itself, following) if is_ahead else None)
+        before = id(following.pop("input_ids"))
+        others = [ids_with(9)["input_ids"] for _ in range(20)]
+        following["input_ids"] = next((x for x in others if id(x) == before), others[0])
+        losses.append(engine.train_step(following).loss)
+    assert losses[0] == losses[1]
+
+
+def test_a_batch_that_was_read_ahead_is_freed_after_its_step() -> None:
+    engine, following = engine_of(0, 1, RAW), ids_with(7)
+    tokens = weakref.ref(following["input_ids"])
+    engine.train_step(GOOD, next_batch=partial(_itself, following))
+    engine.train_step(following)
+    del following
+    assert tokens() is None
 
 
 AHEAD: dict[str, Any] = {
@@ -147,6 +177,18 @@ def test_what_is_wrong_with_a_batch_that_is_read_ahead_is_said_by_its_own_step(c
     assert engine.train_step(GOOD).loss > 0
 
 
+class _Unreadable(dict[str, Tensor]):
+    def items(self) -> Any:
+        raise OSError("cannot be read")
+
+
+def test_a_batch_that_cannot_be_looked_at_raises_its_error_in_its_own_step() -> None:
+    engine, following = engine_of(0, 1, RAW), _Unreadable(GOOD)
+    assert engine.train_step(GOOD, next_batch=lambda: following).loss > 0
+    with pytest.raises(OSError, match="cannot be read"):
+        engine.train_step(following)
+
+
 def test_tensors_whose_writes_are_not_counted_are_read_by_their_step() -> None:
     engine = engine_of(0, 1, RAW)
     with torch.inference_mode():
@@ -165,5 +207,25 @@ def losses_of(rank: int, world_size: int, who: tuple[int, ...]) -> list[float]:
 
 
 def test_replicas_need_not_read_ahead_together() -> None:
-    """They tell each other of a batch in its step."""
+    """A replica tells the others of its batch within the step of that batch."""
     assert run(losses_of, 2, (1,)) == run(losses_of, 2, ())
+
+
+def results_of(rank: int, world_size: int, is_ahead: bool) -> list[object]:
+    """Return what steps come to of which this rank, or the other one, has a batch that cannot be used."""
+    engine, found = engine_of(rank, world_size, RAW), list[object]()
+    batches = [GOOD, ids_with(29) if rank else ids_with(5), ids_with(6 + rank), ids_with(8) if rank else {}, GOOD]
+    for number, batch in enumerate(batches):
+        following = batches[number + 1] if number + 1 < len(batches) and (rank or number % 2) else None
+        try:
+            found.append(engine.train_step(batch, next_batch=partial(_itself, following) if is_ahead else None).loss)
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_a_replica_that_has_read_a_bad_batch_ahead_refuses_it_together_with_the_others() -> None:
+    usual = run(results_of, 2, False)
+    assert run(results_of, 2, True) == usual
+    assert [isinstance(x, str) for x in usual[0]] == [False, True, False, True, False]

@@ -42,7 +42,7 @@ class CapturedWork:
     batch         in memory that stays, where each batch is copied to
     loss          fp64 [], the loss summed over ranks
     results       of the chunks' gradients, whose memory the graph writes anew
-    marks         the times at which phases begin
+    marks         the times at which phases begin, and at which the graph ends
     writes_more   True if it writes into an attribute of a module, such as a buffer that counts
     num_replays   of the graph so far
     """
@@ -83,6 +83,9 @@ class CapturedStep:
     writes its own memory alone, and the next one, or a step that runs as usual, begins anew. A graph that does more is
     never launched early: that of a module which counts its forwards, or draws random numbers.
 
+    A graph that is launched before its step (`start_early` with marks) may have ended long before the step begins: what
+    the host does in between, such as an evaluation, is no time of the step.
+
     **State.** A replay calls nothing in Python. These objects change in a step, and are afterwards what they are after
     any other:
 
@@ -113,6 +116,7 @@ class CapturedStep:
         self._captured: tuple[Key, CapturedWork] | None = None
         self._was_replayed = False  # the last step
         self._early: StagedBatch | None = None  # that the graph has been launched for, before it was known to be right
+        self._marks_ahead: Sequence[Mark] = ()  # before the graph, if it was launched before the step
 
     @property
     def may_start_early(self) -> bool:
@@ -121,14 +125,14 @@ class CapturedStep:
             return False
         return self._was_replayed and not self._is_observed
 
-    def start_early(self, batch: StagedBatch, *settings: object) -> None:
+    def start_early(self, batch: StagedBatch, *settings: object, marks: Sequence[Mark] = ()) -> None:
         """Launch the graph for the batch of the next call, where it is of the same form, and `may_start_early`; not a
-        second time for a batch.
+        second time for a batch. `marks`: those before the graph, where the step of the batch has not begun.
         """
         form = (*settings, *batch.form)
         if self._captured is not None and self._key[: len(form)] == form and not self._is_launched(batch):
             self._captured[1].launch(batch)
-            self._early = batch
+            self._early, self._marks_ahead = batch, marks
 
     def discard_early(self) -> None:
         """Let the next call do without what has been started early: it was for another step, or for other values."""
@@ -204,7 +208,14 @@ class CapturedStep:
         if work.num_replays >= REPLAYS_THAT_PAY:
             self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.
-        self.stopwatch.take(work.marks)
+        *marks, end = work.marks
+        last = marks[-1][0]
+        if is_launched and self._marks_ahead:
+            self.stopwatch.take([*self._marks_ahead, *marks, end], ahead=True)
+        else:
+            self.stopwatch.take(marks)
+        assert last is not None
+        self.stopwatch.mark(last)  # goes on
         self.gradients.restore(batch.num_microbatches, work.results)
         self.make_room()
         return work.loss
@@ -218,8 +229,13 @@ class CapturedStep:
         def mark(phase: Phase, detail: object = "") -> None:
             marks.append(self.stopwatch.mark_in_graph(phase))
 
+        def run() -> Tensor:
+            loss = self._run(static.microbatches, mark)
+            marks.append(self.stopwatch.mark_in_graph(None))
+            return loss
+
         try:
-            loss = graph.capture(lambda: self._run(static.microbatches, mark))
+            loss = graph.capture(run)
         except RuntimeError as error:  # of CUDA: work that waits for the device, or no memory; training goes on
             self._give_up(first_line(error))
             return None

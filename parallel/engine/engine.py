@@ -3,7 +3,7 @@
 It knows no model. What it does with a batch is in `replica_batches`, forwards and backwards are in `planned_passes`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -16,7 +16,7 @@ from parallel.engine.captured_step import CapturedStep, problem_of_capture
 from parallel.engine.composition import initial_placement_of, optimizer_of
 from parallel.engine.context import Context
 from parallel.engine.origin import origin_of
-from parallel.engine.phases import Stopwatch
+from parallel.engine.phases import Mark, Stopwatch
 from parallel.engine.planned_passes import PlannedPasses
 from parallel.engine.replica_batches import ReplicaBatches, Staged
 from parallel.engine.results import StepResult
@@ -109,9 +109,9 @@ class Engine(EngineState):
         `next_batch` reads the batch of the next step, and returns it, or None. It is called when the device has been
         given all of this step, before the host waits for the loss; the batch is checked and staged then, so that the
         device does not wait for that either. What is wrong with it is said by the step that takes it. A batch that is
-        written into before that step, other than by torch, has the old values in it. The samples of this step are
-        counted when `next_batch` is called, the step itself is not. An error that it raises is raised when the step has
-        been counted.
+        written into before that step, other than by an operation of torch on its tensors (through NumPy, or `x.data`),
+        has the old values in it. The samples of this step are counted when `next_batch` is called, the step itself is
+        not. An error that it raises is raised when the step has been counted.
 
         Returns the same result on every rank (`loss` is the mean over all replicas' counted labels). Raises DataError,
         on every rank and before anything is changed, for a batch that cannot be used or has no label; ConfigError, in
@@ -135,18 +135,20 @@ class Engine(EngineState):
         self.memory_guard.after_step(self.num_steps)
         return result
 
-    def _start_early(self, batch: Mapping[str, Tensor]) -> Staged | None:
+    def _start_early(self, batch: Mapping[str, Tensor], marks: Sequence[Mark] = ()) -> Staged | None:
         """Launch a graph for this batch where there is one, before it is known what may prevent it: the host finds that
-        out while the device computes. Return the batch then, and the number of its labels.
+        out while the device computes. Return the batch then, and the number of its labels. `marks`: where its step has
+        not begun, those that it has so far.
         """
         if not (self.captured_step.may_start_early and self.part.training):
             return None
-        self.stopwatch.mark("data")
+        if not marks:
+            self.stopwatch.mark("data")
         try:
             staged, tokens = self.batches.staged(batch, self.num_samples)
         except DataError:  # it is raised again, unless another error is found before
             return None
-        self.captured_step.start_early(staged, self._multiplies_in_8_bits)
+        self.captured_step.start_early(staged, self._multiplies_in_8_bits, marks=marks)
         return staged, tokens
 
     def _start_next(self) -> None:
@@ -154,7 +156,7 @@ class Engine(EngineState):
         does between two steps takes the device no time. Not where a user's code may write parameters there.
         """
         if self.batches.ahead is not None and not self.writes.is_on:
-            self._start_early(self.batches.ahead.batch)
+            self._start_early(self.batches.ahead.batch, [self.stopwatch.mark_ahead("data")])
 
     def _train_step(
         self,
@@ -187,6 +189,7 @@ class Engine(EngineState):
         if self.scaling is not None:
             self.scaling.end_step(found_inf(norm, total))
         self.num_samples += self.data.size * len(staged.whole.input_ids)
+        self.batches.ahead = None  # it was that of this step
         try:
             if next_batch is not None:
                 self.stopwatch.mark("data")

@@ -46,11 +46,7 @@ class Stopwatch:
         return torch.autograd.profiler._is_profiler_enabled or self._recorded is not None
 
     def mark(self, phase: Phase, detail: object = "") -> None:
-        """End the phase before, and begin this one, unless it lasts already. `detail`: what the trace shows beside its
-        name.
-        """
-        if phase == self.phase and not (detail or self.is_observed):
-            return
+        """End the phase before, and begin this one. `detail`: what the trace shows beside its name."""
         self._end_range()
         self._on_phase(phase)
         self._take(phase, detail)
@@ -63,18 +59,27 @@ class Stopwatch:
         """The phase that the host is in, or nothing."""
         return self._marks[-1][0] or "" if self._marks else ""
 
-    def mark_in_graph(self, phase: Phase) -> Mark:
+    def mark_in_graph(self, phase: Phase | None) -> Mark:
         """Return a mark that is a part of the graph that is being captured. Each replay passes it to `take`."""
         return phase, "", self._clock.now_in_graph()
 
-    def take(self, marks: Sequence[Mark]) -> None:
+    def mark_ahead(self, phase: Phase) -> Mark:
+        """Return a mark of now for a step that has not begun: `take` is passed it by that step, if it comes."""
+        return phase, "", self._clock.now()
+
+    def take(self, marks: Sequence[Mark], *, ahead: bool = False) -> None:
         """Take the marks of a graph that has been launched. They count until its next replay, before which the device
-        has reached them, and `read` has read them.
+        has reached them, and `read` has read them; so a mark must follow them before the host waits for the device.
+
+        `ahead`: the graph was launched right after the last reading, so its marks come before all that have followed.
         """
         self._end_range()
-        for phase, _, time in marks:
+        at = len(self._marks)
+        while ahead and at and self._marks[at - 1][0] is not None:
+            at -= 1
+        for phase, _, _ in marks:
             self._on_phase(phase or "")
-            self._marks.append((phase, time))
+        self._marks[at:at] = [(phase, time) for phase, _, time in marks]
 
     def read(self) -> dict[str, float]:
         """Return the seconds of every phase since the last reading, as far as the device has come."""

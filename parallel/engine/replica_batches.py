@@ -1,6 +1,7 @@
 """The batches of one replica: checked together with those of the others, and staged for this rank's device."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -21,8 +22,10 @@ Staged: TypeAlias = tuple[StagedBatch, int]
 """A batch on the host, and the number of counted labels of all replicas."""
 
 
-Tensors: TypeAlias = list[tuple[str, int, int]]
-"""The key of each tensor of a batch, which tensor it is, and its version, which counts what is written into it."""
+Tensors: TypeAlias = list[tuple[Tensor, str, int]]
+"""Each tensor of a batch, its key, and its version, which counts what is written into it. The tensor itself: once it is
+freed, another one may have its id.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,15 @@ class StagedAhead:
     num_samples: int
     tensors: Tensors
 
+    def is_of(self, batch: Mapping[str, Tensor], num_samples: int) -> bool:
+        """Return whether it is this batch, with as many samples before it, and nothing has been written in between."""
+        if self.batch is not batch or self.num_samples != num_samples:
+            return False
+        now = _tensors_of(batch)
+        if now is None or len(now) != len(self.tensors):
+            return False
+        return all(x is y and rest == others for (x, *rest), (y, *others) in zip(self.tensors, now, strict=True))
+
 
 class ReplicaBatches:
     """Checks the batches of this replica, numbers their samples over the run, and stages them.
@@ -59,11 +71,15 @@ class ReplicaBatches:
         self.ahead: StagedAhead | None = None
 
     def stage_ahead(self, batch: Mapping[str, Tensor] | None, num_samples: int) -> None:
-        """Check and stage the batch of the next step, before which `num_samples` are taken, and say nothing of it."""
-        tensors = _tensors_of(batch)
+        """Check and stage the batch of the next step, before which `num_samples` are taken, and say nothing of it.
+
+        A batch that cannot be looked at raises its error in the step that takes it.
+        """
         self.ahead = None
-        if batch is not None and tensors is not None:
-            self.ahead = StagedAhead(batch, self._own(batch, num_samples), num_samples, tensors)
+        with suppress(Exception):
+            tensors = _tensors_of(batch)
+            if batch is not None and tensors is not None:
+                self.ahead = StagedAhead(batch, self._own(batch, num_samples), num_samples, tensors)
 
     def staged(self, batch: Mapping[str, Tensor], num_samples: int) -> Staged:
         """Return the batch, staged for this rank's device, and the number of counted labels of all replicas.
@@ -73,8 +89,7 @@ class ReplicaBatches:
         cannot use its batch.
         """
         ahead = self.ahead
-        is_ahead = ahead is not None and ahead.batch is batch and ahead.num_samples == num_samples
-        own = ahead.own if ahead and is_ahead and ahead.tensors == _tensors_of(batch) else self._own(batch, num_samples)
+        own = ahead.own if ahead and ahead.is_of(batch, num_samples) else self._own(batch, num_samples)
         # These are on the host, so that no GPU is waited for.
         sums = torch.tensor([own.num_labels, own.problem is not None, own.num_samples, own.num_samples**2])
         tokens, refused, total, squares = all_reduce(sums, self.data).tolist()
@@ -121,4 +136,4 @@ def _tensors_of(batch: object) -> Tensors | None:
     given = {key: x for key, x in batch.items() if x is not None}
     if not all(isinstance(x, Tensor) and not x.is_inference() for x in given.values()):
         return None
-    return [(key, id(x), x._version) for key, x in given.items()]
+    return [(x, key, x._version) for key, x in given.items()]
