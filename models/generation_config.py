@@ -1,6 +1,5 @@
 """The generation_config.json of a Hugging Face directory: which tokens end a text, and what an export carries on."""
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,7 +8,7 @@ from models.shape import ModelShape
 from models.tokenizer import Tokenizer
 from parallel.checkpoint.synced_file import write_json
 from parallel.errors import DataError
-from parallel.regular_file import read_json, with_key
+from parallel.regular_file import is_missing, read_json, with_key
 
 FILE = "generation_config.json"
 MOST_BYTES = 1 << 20
@@ -19,7 +18,7 @@ GenerationConfig: TypeAlias = Mapping[str, Any]
 def read_generation_config(folder: str | Path) -> GenerationConfig | None:
     """Return the content of the directory's generation_config.json, or None where it has none. Raises DataError."""
     file = Path(folder) / FILE
-    if not os.path.lexists(file):
+    if is_missing(file):
         return None
     content = read_json(file, with_key(DataError, "model.path"), at_most=MOST_BYTES, links=True)
     if not isinstance(content, dict):

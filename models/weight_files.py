@@ -11,7 +11,7 @@ from pathlib import Path
 
 from parallel.checkpoint.hf_folder import INDEX, SINGLE
 from parallel.errors import DataError, names_text, shown
-from parallel.regular_file import read_json, with_key
+from parallel.regular_file import is_missing, read_json, with_key
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PARTS_OF_A_DOWNLOAD = ("incomplete", "part", "partial", "crdownload", "download", "aria2", "tmp")
@@ -92,7 +92,7 @@ def _shards(index: Path) -> list[Path]:
             f"model.path: {index} names {shown(outside[0])}, which is no name of a file beside it. Download it again."
         )
     files = [index.parent / name for name in names]
-    if missing := [file.name for file in files if not os.path.lexists(file)]:
+    if missing := [file.name for file in files if is_missing(file)]:
         raise DataError(
             f"model.path: {index} names shards that are missing: {names_text(missing)}. Download them into"
             f" {index.parent}."

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from parallel.errors import DataError
+from models.data.sources import find_source
+from models.generation.trained_model import find_trained_model
+from models.model_folder import read_config
+from parallel.config.parsing import load_raw
+from parallel.errors import ColonnadeError, DataError
 from parallel.regular_file import check_regular, open_regular, parse_json, read_bytes, read_json
 from tests.test_hostile_files import make_socket
 
@@ -120,3 +124,19 @@ def test_a_name_is_shown_on_one_line_and_one_that_no_file_can_have_is_refused(tm
     assert "no name that a file can have" in refusal(lambda: check_regular(tmp_path / "a\ud800b", DataError))
     (odd := tmp_path / os.fsdecode(b"\xff")).mkdir()
     assert r"\udcff is a folder" in refusal(lambda: check_regular(odd, DataError))
+
+
+UNREACHABLE: dict[str, Callable[[Path], object]] = {
+    "a config": lambda folder: load_raw(folder / "config.py"),
+    "data": lambda folder: find_source(str(folder / "text.txt")),
+    "an export": lambda folder: find_trained_model(folder),
+    "a model": lambda folder: read_config(folder, ["opt"]),
+}
+
+
+@pytest.mark.parametrize("case", UNREACHABLE)
+def test_what_cannot_be_reached_is_not_said_to_be_missing(case: str, tmp_path: Path) -> None:
+    """As in a folder that may not be entered, which a user named root always may: here a link leads to itself."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ColonnadeError, match=r"Too many (levels of )?symbolic links"):
+        UNREACHABLE[case](tmp_path / "loop" / "inner")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from parallel.errors import DataError, closest, names_text
-from parallel.regular_file import check_regular, read_json, with_key
+from parallel.regular_file import check_regular, is_missing, read_json, with_key
 
 BUILT_IN = "python-docs"
 PATH = "data.path"
@@ -86,7 +85,7 @@ def find_source(path: str, key: str = PATH) -> Source:
     if path == BUILT_IN:
         other = (f"the built-in {path} is read, not what has its name here: ./{path} names the other",)
         return Source(key, path, Kind.BUILT_IN, messages=other if named.exists() else ())
-    if not os.path.lexists(named):
+    if is_missing(named):
         match = closest(named.name.strip(), names_in(named.parent, key))
         hint = f" Did you mean {str(named.with_name(match))!r}?" if match else ""
         raise DataError(f"{key}: {path} does not exist.{hint} Name a {KINDS_TEXT}, or {BUILT_IN!r}.")

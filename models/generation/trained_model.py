@@ -1,6 +1,5 @@
 """The model that texts are generated with: of a Hugging Face directory, such as a run's export, or of a checkpoint."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ from parallel.layout.finite import problem_of
 from parallel.layout.layout import ParameterInfo
 from parallel.mesh.agreement import Agreement
 from parallel.pipeline.part import SetValues
-from parallel.regular_file import check_entered, read_json
+from parallel.regular_file import check_entered, is_missing, read_json
 
 PRECISIONS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -142,7 +141,7 @@ def _kind(folder: Path) -> str:
 
 
 def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
-    if not os.path.lexists(folder / "config.json"):
+    if is_missing(folder / "config.json"):
         problem = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise DataError(
             f"{folder}: {problem}. Name the export folder of a run, a Hugging Face directory, or a checkpoint."
@@ -159,7 +158,7 @@ def _of_directory(folder: Path, tokenizer: str | None) -> TrainedModel:
 def _tokenizer_beside(folder: Path) -> Tokenizer:
     """Return the tokenizer of a directory. The byte tokenizer needs no library to be read again."""
     file = folder / "tokenizer.json"
-    if not os.path.lexists(file):
+    if is_missing(file):
         raise DataError(
             f"{folder}: there is no tokenizer.json. Put the one there that the model was trained with, or name it:"
             " --tokenizer DIR."

@@ -14,7 +14,7 @@ from parallel.config.parallel import ParallelConfig
 from parallel.config.reader import MAX_DEPTH, Reader, hints_of
 from parallel.config.sections import Config
 from parallel.errors import ConfigError, closest, either, shortened, shown
-from parallel.regular_file import parse_json, read_input, with_key
+from parallel.regular_file import is_missing, parse_json, read_input, with_key
 
 MOST_BYTES = 1 << 20  # of a config file
 MOST_ADVISED = 64  # the largest size that is tried for a tensor mode without one
@@ -39,7 +39,7 @@ def load_raw(path: str | Path) -> dict[str, Any]:
             f"{name}: a config is a Python file of dicts, or the config.json of a run. In a file that ends in .py write"
             " train = dict(steps=20), parallel = dict(pipeline=2), and so on."
         )
-    if not os.path.lexists(file):
+    if is_missing(file):
         match = closest(file.name, _files_beside(file))
         hint = f" Did you mean {str(file.with_name(match))!r}?" if match else ""
         raise ConfigError(f"{name}: cannot read the config: it does not exist.{hint}")
