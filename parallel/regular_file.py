@@ -41,7 +41,7 @@ def is_missing(file: Path) -> bool:
     """Return whether nothing has this name. False where a folder cannot be entered: to read the file says why."""
     try:
         os.lstat(file)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one: no file can have this name
         return True
     except OSError:
         return False
