@@ -63,7 +63,7 @@ def test_an_empty_config_is_the_documented_default() -> None:
             "global_batch_size": 16,
             "micro_batch_size": 2,
             "precision": "fp32",
-            "fp8_min_elements": 1769472,
+            "fp8_min_elements": 1638400,
             "clip_grad_norm": 1.0,
             "activation_checkpointing": "none",
             "seed": 0,

@@ -136,7 +136,7 @@ UNREACHABLE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("case", UNREACHABLE)
 def test_what_cannot_be_reached_is_not_said_to_be_missing(case: str, tmp_path: Path) -> None:
-    """As in a folder that may not be entered, which a user named root always may: here a link leads to itself."""
+    """A folder that may not be entered hides what is in it, but not from root. So here a link leads to itself."""
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ColonnadeError, match=r"Too many (levels of )?symbolic links"):
         UNREACHABLE[case](tmp_path / "loop" / "inner")

@@ -20,9 +20,9 @@ NO_DOCUMENTS_IN_A_RING = (
 
 MOST_MICROBATCHES = 2**16  # of a step on each replica, since a plan lists every one of them
 
-FP8_MIN_ELEMENTS = 768 * 2304
-"""The smallest weight that gained from 8 bits when it was measured: with 8,192 tokens on one H200 its linear took 138
-us, casts included, and 159 us in bf16. One of 1024 × 1024 took 100 us and 97 us (`python -m benchmarks.fp8_linears`).
+FP8_MIN_ELEMENTS = 1280 * 1280
+"""The smallest weight that gained from 8 bits when it was measured: with 8,192 tokens on one H200 its linear took 123
+us, casts included, and 132 us in bf16. One of 1152 × 1152 took 110 us and 109 us (`python -m benchmarks.fp8_linears`).
 """
 
 Dtype = Literal["fp64", "fp32", "bf16", "fp16"]
