@@ -46,6 +46,9 @@ LAYOUTS = {
     "2.5d2x2x2": TensorConfig("2.5d", 8, depth=2),
     "3d2x2x2": TensorConfig("3d", 8),
 }
+MEASURED = [pytest.param(name, marks=pytest.mark.slow) if name in ("1d4", "2d2x1") else name for name in LAYOUTS]
+"""The layouts; of those that are alike some are slow."""
+
 FLOAT = torch.float32.itemsize
 
 
@@ -195,7 +198,7 @@ def formula_of(tensor: TensorConfig) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> None:
     tensor = LAYOUTS[layout]
     a = letters(tensor, SHAPE, B, S)
@@ -216,7 +219,7 @@ def test_a_block_keeps_what_its_mode_says_and_nothing_gathered(layout: str) -> N
         assert not any(found.hidden for found in kept.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: str) -> None:
     """There are the tables of cosines and sines, too, which all blocks of a stage share, and on a CPU the mask of a
@@ -235,7 +238,7 @@ def test_a_block_of_each_family_keeps_what_its_shape_says(family: str, layout: s
         assert not kept.hidden
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_a_block_keeps_from_i_to_w_what_the_documents_say(family: str, layout: str) -> None:
     """The formula counts the rank's own part of each factor: nothing that was gathered, nothing that only I needs."""
@@ -322,7 +325,7 @@ def microbatch_of(tensor: TensorConfig, batch: int, sequence: int, **train: Any)
     return parse(raw)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: str, layout: str) -> None:
     """Statistics keep their four bytes in bf16."""
@@ -338,7 +341,7 @@ def test_the_bytes_foreseen_of_a_block_are_those_of_its_modes_formula(family: st
     assert foreseen(shape, tensor, batch, S, activation_checkpointing="offload")[1] == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 @pytest.mark.parametrize("family", FAMILY_SHAPES)
 def test_the_bytes_foreseen_from_i_to_w_are_those_of_the_documents(family: str, layout: str) -> None:
     tensor, shape = LAYOUTS[layout], FAMILY_SHAPES[family]
@@ -348,7 +351,7 @@ def test_the_bytes_foreseen_from_i_to_w_are_those_of_the_documents(family: str, 
         assert found == [0, *[share * wanted] * shape.num_hidden_layers, 0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 def test_the_bytes_foreseen_of_a_model_are_those_that_it_keeps(layout: str) -> None:
     """The tolerance is 3%: token ids, a few vectors, and the vocabulary's padding are not counted."""
     shape = replace(SHAPE, vocab_size=260, hidden_size=64, num_hidden_layers=4, ffn_dim=256, word_embed_proj_dim=64)
@@ -385,7 +388,7 @@ def peaks_of_the_loss(mode: Mode, tensor: TensorConfig) -> Peaks:
     return Peaks(shorter, longer, x * FLOAT, logits * FLOAT)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEASURED)
 def test_the_loss_holds_the_logits_of_one_token_slice_however_long_the_sequence(layout: str) -> None:
     """Only dx grows with the sequence."""
     for peaks in (found.loss for found in accounts(layout)):
