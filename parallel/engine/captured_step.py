@@ -56,6 +56,13 @@ class CapturedWork:
     num_replays: int = 0
 
     @property
+    def last_phase(self) -> Phase:
+        """The phase in which the graph ends."""
+        phase = self.marks[-2][0]
+        assert phase is not None
+        return phase
+
+    @property
     def may_be_in_vain(self) -> bool:
         """True if a replay that counts for nothing changes nothing, neither a module nor torch's generator."""
         return not (self.writes_more or self.graph.draws)
@@ -208,14 +215,9 @@ class CapturedStep:
         if work.num_replays >= REPLAYS_THAT_PAY:
             self._calls_before = CALLS_BEFORE
         # The device computes already while the host does the rest.
-        *marks, end = work.marks
-        last = marks[-1][0]
-        if is_launched and self._marks_ahead:
-            self.stopwatch.take([*self._marks_ahead, *marks, end], ahead=True)
-        else:
-            self.stopwatch.take(marks)
-        assert last is not None
-        self.stopwatch.mark(last)  # goes on
+        before = self._marks_ahead if is_launched else ()
+        self.stopwatch.take([*before, *work.marks], ahead=bool(before))
+        self.stopwatch.mark(work.last_phase)  # goes on
         self.gradients.restore(batch.num_microbatches, work.results)
         self.make_room()
         return work.loss
