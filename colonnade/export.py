@@ -11,7 +11,6 @@ import argparse
 import os
 import signal
 import sys
-from pathlib import Path
 
 from colonnade.process import REFUSED, guarded, import_torch, terminate
 
@@ -45,10 +44,11 @@ def _export(arguments: argparse.Namespace) -> int:
     from parallel.engine.context import dtype_name
     from parallel.errors import ColonnadeError
     from parallel.placement.shortage import refusing_without_room
+    from parallel.regular_file import without_links
     from training.export import check_target, export_checkpoint, find_saved_model
 
     signal.signal(signal.SIGTERM, terminate)
-    target = Path(os.path.expanduser(arguments.to)).resolve()
+    target = without_links(os.path.expanduser(arguments.to))
     try:
         saved = find_saved_model(arguments.checkpoint)
         check_target(target, saved)

@@ -48,6 +48,13 @@ def is_missing(file: Path) -> bool:
     return False
 
 
+def without_links(path: str | Path) -> Path:
+    """Return the absolute path that this one leads to. Where links lead in a circle it is left as it is from there on:
+    `Path.resolve` raises RuntimeError in some versions of Python, and to use the path says what is wrong.
+    """
+    return Path(os.path.realpath(path))
+
+
 def check_entered(folder: Path, error: MakeError) -> None:
     """Raise `error` where a folder may not be entered, so that nobody knows what is in it. It may be missing."""
     try:

@@ -47,7 +47,7 @@ def test_a_message_has_200_characters_of_a_long_path_at_most(tmp_path: Path) -> 
 
 def test_a_folder_in_place_of_a_config_is_not_advised_itself(tmp_path: Path) -> None:
     (tmp_path / "config.py").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot read the config: \S+ is a folder, and not a regular file\.$"):
+    with pytest.raises(ConfigError, match=r"^config: \S+ is a folder, and not a regular file\.$"):
         load_raw(tmp_path / "config.py")
 
 

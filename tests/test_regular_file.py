@@ -10,10 +10,13 @@ import pytest
 from models.data.sources import find_source
 from models.generation.trained_model import find_trained_model
 from models.model_folder import read_config
+from models.shapes import resolve
+from parallel.config import parse
 from parallel.config.parsing import load_raw
-from parallel.errors import ColonnadeError, DataError
-from parallel.regular_file import check_regular, open_regular, parse_json, read_bytes, read_json
+from parallel.errors import ColonnadeError, ConfigError, DataError
+from parallel.regular_file import check_regular, open_regular, parse_json, read_bytes, read_json, without_links
 from tests.test_hostile_files import make_socket
+from training.preflight import folder_of
 
 MEBIBYTE = 2**20
 
@@ -140,3 +143,14 @@ def test_what_cannot_be_reached_is_not_said_to_be_missing(case: str, tmp_path: P
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ColonnadeError, match=r"Too many (levels of )?symbolic links"):
         UNREACHABLE[case](tmp_path / "loop" / "inner")
+
+
+def test_a_path_by_links_in_a_circle_stays_as_it_is(tmp_path: Path) -> None:
+    """`--to`, and `output.dir` of a run that is resumed, ended with a traceback there."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("folder")
+    assert without_links(tmp_path / "loop" / "inner") == tmp_path / "loop" / "inner"
+    assert without_links(tmp_path / "link" / "inner") == tmp_path / "folder" / "inner"
+    config = parse(dict(output=dict(dir=str(tmp_path / "loop" / "run"))), world_size=1, resolve=resolve)
+    with pytest.raises(ConfigError, match=r"output\.dir: .*Too many (levels of )?symbolic links"):
+        folder_of(config, resume_from=tmp_path).check_writable()

@@ -6,6 +6,7 @@ from pathlib import Path
 from parallel.checkpoint.checkpoint import CHECKPOINTS, candidates
 from parallel.config import Config
 from parallel.engine.stop_signals import StopSignals
+from parallel.regular_file import without_links
 from parallel.watch.launch_history import LaunchHistory, RunStart
 from training.callbacks import Callback
 from training.ended import EndRecord
@@ -32,8 +33,8 @@ class Attempt:
 
 
 def _start_of(job: Job) -> RunStart:
-    origin = "" if job.resume_from is None else str(job.resume_from.resolve())
-    return RunStart(str(job.folder.path.resolve()), origin)
+    origin = "" if job.resume_from is None else str(without_links(job.resume_from))
+    return RunStart(str(without_links(job.folder.path)), origin)
 
 
 class SavedNote(Callback):
@@ -75,4 +76,4 @@ def in_own_folder(job: Job, start: RunStart | None) -> Job:
 
 
 def _is_of(start: RunStart, config: Config) -> bool:
-    return start.folder == str(Path(config.output.dir).resolve())
+    return start.folder == str(without_links(config.output.dir))

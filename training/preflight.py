@@ -20,6 +20,7 @@ from parallel.engine.device import check_precision, choose_device, device_type
 from parallel.engine.facts import digest_of_code, facts_of
 from parallel.errors import CheckpointError, ConfigError
 from parallel.ops.kernels.table import what_triton_lacks
+from parallel.regular_file import without_links
 from parallel.storage import state_file
 from training.callbacks import Callback
 from training.config import override_messages
@@ -211,7 +212,9 @@ def problems_here(config: Config, place: Place, found: FoundCheckpoint | None) -
 def folder_of(config: Config, resume_from: Path | None) -> RunFolder:
     """Return the run's folder."""
     run = Path(config.output.dir)
-    return RunFolder(run, resumed=resume_from is not None and resume_from.resolve().is_relative_to(run.resolve()))
+    return RunFolder(
+        run, resumed=resume_from is not None and without_links(resume_from).is_relative_to(without_links(run))
+    )
 
 
 def check_folder(config: Config, resume_from: Path | None) -> None:
@@ -261,7 +264,7 @@ def check_not_renamed(config: Config, folder: RunFolder) -> None:
     if folder.resumed or not folder.path.exists():
         return
     for key, path in (("model.path", config.model.path), ("zero.nvme_dir", config.zero.nvme_dir)):
-        if path is not None and Path(path).resolve().is_relative_to(folder.path.resolve()):
+        if path is not None and without_links(path).is_relative_to(without_links(folder.path)):
             raise ConfigError(
                 f"{key}: {path} lies in output.dir {folder.path}, an earlier run that is renamed when this one begins."
                 " Set another output.dir."

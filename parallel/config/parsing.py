@@ -43,7 +43,7 @@ def load_raw(path: str | Path) -> dict[str, Any]:
         match = closest(file.name, _files_beside(file))
         hint = f" Did you mean {str(file.with_name(match))!r}?" if match else ""
         raise ConfigError(f"{name}: cannot read the config: it does not exist.{hint}")
-    content = read_input(file, with_key(ConfigError, "cannot read the config"), at_most=MOST_BYTES)
+    content = read_input(file, with_key(ConfigError, "config"), at_most=MOST_BYTES)
     return _from_json(file, content) if file.suffix == ".json" else _from_python(file, content)
 
 

@@ -19,7 +19,8 @@ MOST_PROGRAMS = 65_535  # along a grid's second dim
 def parts_of(num_rows: int, column_blocks: int, rows: int, *, sums: bool = True) -> tuple[int, int]:
     """Return the number of parts into which rows are divided, and the rows of each: a multiple of a tile's `rows`.
 
-    Without `sums`, which few parts have few of, a part is a tile: the more programs, the more reads are in flight.
+    Each part is a program. Without `sums`, which somebody has to add up, a part is a tile, so that more reads are in
+    flight.
     """
     tiles = max(1, triton.cdiv(num_rows, rows))
     wanted = min(PROGRAMS // column_blocks, MOST_PARTS) if sums else MOST_PROGRAMS
