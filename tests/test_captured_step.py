@@ -572,6 +572,18 @@ def test_the_next_step_is_launched_before_this_one_returns_if_nobody_writes_in_b
         assert made[0].replays == 4  # none of them was in vain
 
 
+@SLOW
+@pytest.mark.parametrize("case", CASES)
+def test_steps_that_are_launched_ahead_are_the_steps_that_run_as_usual(case: str, made: Made) -> None:
+    model, fields, key = CASES[case]
+    batches = [batch_of(number, key=key) for number in range(CALLS_BEFORE + 4)]
+    usual, captured = engine_of(model, captures=False, **fields), engine_of(model, **fields)
+    captured.writes.stop()
+    assert train_ahead(captured, batches) == train(usual, batches)
+    assert_same(captured, usual)
+    assert [graph.replays for graph in made] == [len(batches) - CALLS_BEFORE - (case == "fp8")]
+
+
 def another_batch(engine: parallel.Engine, folder: Path, following: Batch) -> Batch:
     return batch_of(77)
 
